@@ -1,0 +1,5 @@
+"""``python -m mycel``."""
+
+from mycel.cli import main
+
+main()

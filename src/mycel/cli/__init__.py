@@ -1,0 +1,115 @@
+"""The command line: seven verbs, each a thin door to a room; nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mycel.errors import MycelError
+
+app = typer.Typer(
+    name="mycel",
+    help="Train, tune, align, compress, retrieve for and serve models on machines that do not belong together.",
+    epilog="First steps: mycel run quickstart  ·  mycel systems  ·  mycel claims fedavg",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+RecipeName = Annotated[str, typer.Argument(help="A built-in name, a TOML file, or file.py:function.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, e.g. rounds.count=3 wire.codec=int8.", metavar="[KEY=VALUE]...")
+]
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence and exit status 1."""
+    try:
+        app()
+    except MycelError as error:
+        print(f"mycel: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mycel: stopped; `--resume` goes on from the last round", file=sys.stderr)
+        sys.exit(130)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, allow_nan=False))
+
+
+@app.command(epilog="Example: mycel run quickstart seed=2 rounds.count=4 --out runs/second")
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-SEED.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: show progress, then a table; the folder keeps the log, the result, the report and the model."""
+    from mycel.cli.run import run_command
+
+    run_command(recipe, overrides or [], out, resume, as_json)
+
+
+@app.command(epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
+def plan(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a recipe will cost before it runs: steps, bytes, memory and time of each party."""
+    from mycel.cli.plan import plan_command
+
+    plan_command(recipe, overrides or [], as_json)
+
+
+@app.command(epilog="Example: mycel systems --json")
+def systems(as_json: AsJson = False) -> None:
+    """List the systems: number in the catalogue, paper, stage, way, and the claim that is measured."""
+    from mycel.cli.systems import systems_command
+
+    systems_command(as_json)
+
+
+@app.command(epilog="Example: mycel claims fedkseed ferret --json")
+def claims(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Systems; all when none is named.", metavar="[NAME]...")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what papers claim: paper says, measured here, verdict."""
+    from mycel.cli.claims import claims_command
+
+    claims_command(names or [], as_json)
+
+
+@app.command(epilog="Example: mycel report runs/quickstart-1")
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]) -> None:
+    """Write the report page of a run again and say where it is."""
+    from mycel.report import write_report
+
+    typer.echo(str(write_report(folder)))
+
+
+@app.command(epilog="Example: mycel compare runs/quickstart-1 runs/quickstart-2")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="DIR DIR...")],
+    out: Annotated[Path, typer.Option(help="Page with overlaid curves.")] = Path("comparison.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: a table, and a page of loss against rounds, bytes and virtual time."""
+    from mycel.cli.compare import compare_command
+
+    compare_command(folders, out, as_json)
+
+
+@app.command(epilog="Example: mycel doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: Python, libraries, cores, memory, disk, cache and model hub; one line to mend each fault."""
+    from mycel.cli.doctor import doctor_command
+
+    doctor_command(as_json)

@@ -1,0 +1,1 @@
+"""What carries a parcel to a node and its answer back."""

@@ -1,0 +1,96 @@
+"""Fleets with a name, and fleets from a file."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mycel.errors import RecipeError
+from mycel.fleet.device import Device, Fleet, Link
+
+_HOME = Link(up_mbps=20, down_mbps=100, latency_ms=20)
+_OFFICE = Link(up_mbps=200, down_mbps=200, latency_ms=8)
+_MOBILE = Link(up_mbps=8, down_mbps=40, latency_ms=45)
+
+PROFILES: dict[str, Fleet] = {
+    "six-laptops": Fleet(
+        "six-laptops",
+        (
+            Device("laptop-a", gflops=60, link=_HOME),
+            Device("laptop-b", gflops=45, link=_HOME),
+            Device("laptop-c", gflops=80, link=_OFFICE),
+            Device("laptop-d", gflops=30, link=_MOBILE),
+            Device("laptop-e", gflops=55, link=_OFFICE),
+            Device("laptop-f", gflops=40, link=_HOME),
+        ),
+    ),
+    "equal": Fleet("equal", (Device("device", gflops=50, link=_HOME),)),
+    "unequal": Fleet(
+        "unequal",
+        (
+            Device("workstation", gflops=400, memory_gib=24, watts=200, link=_OFFICE),
+            Device("laptop", gflops=60, link=_HOME),
+            Device("old-laptop", gflops=15, memory_gib=4, link=_HOME),
+            Device("phone", gflops=6, memory_gib=3, watts=4, link=_MOBILE),
+        ),
+    ),
+    "flaky": Fleet(
+        "flaky",
+        (
+            Device("steady", gflops=50, link=_HOME),
+            Device("sleepy", gflops=25, reliability=0.7, link=_MOBILE),
+            Device("steady-too", gflops=60, link=_HOME),
+        ),
+    ),
+}
+
+
+def load_fleet(name: str) -> Fleet:
+    """Return a built-in profile, or the fleet that a TOML file of ``[[device]]`` tables describes."""
+    if name in PROFILES:
+        return PROFILES[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        near = get_close_matches(name, PROFILES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(PROFILES)}; or name a .toml file"
+        raise RecipeError(f"fleet.devices is {name!r}, which is no known fleet: {hint}")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"fleet.devices names the file {name!r}, which does not exist") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the fleet file {name!r} is not TOML: {error}") from error
+    tables = content.get("device")
+    if not isinstance(tables, list) or not tables:
+        raise RecipeError(f"the fleet file {name!r} holds no [[device]] table; one per machine is needed")
+    return Fleet(path.stem, tuple(_device(table, index, name) for index, table in enumerate(tables)))
+
+
+def _device(table: dict[str, Any], index: int, source: str) -> Device:
+    where = f"device {index + 1} of {source!r}"
+    values = dict(table)
+    link = Link(**_numbers(values.pop("link", {}), Link, f"link of {where}"))
+    name = str(values.pop("name", f"device-{index}"))
+    device = Device(name=name, link=link, **_numbers(values, Device, where))
+    if not 0 < device.reliability <= 1:
+        raise RecipeError(f"reliability of {where} is {device.reliability}; it lies above 0 and at most 1")
+    return device
+
+
+def _numbers(table: dict[str, Any], kind: type[Device] | type[Link], where: str) -> dict[str, float]:
+    known = [item.name for item in fields(kind) if item.name not in {"name", "link"}]
+    for key, value in table.items():
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            raise RecipeError(
+                f"{where} has the unknown key {key!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and key != "latency_ms"):
+            raise RecipeError(f"{key} of {where} is {value!r}; a finite number above zero is needed")
+    return {key: float(value) for key, value in table.items()}

@@ -1,0 +1,1 @@
+"""What protects what leaves, and distrusts what arrives."""

@@ -1,0 +1,1 @@
+"""Models: finding and opening a base, and the trainables that live over it."""

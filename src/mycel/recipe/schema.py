@@ -1,0 +1,145 @@
+"""What is to be done: one typed, frozen, hashable recipe for every job.
+
+A recipe is read from TOML or built in Python, printed back as TOML, and hashed over its canonical JSON.
+Sections are orthogonal: codec, pace, cohort, guards and fleet wrap any system and are never written into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and refusing keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The base model that every node holds."""
+
+    base: str = Field("tiny", description="a built-in size, a local path, or a Hugging Face id")
+    adapter: str = Field("", description="a run folder or PEFT folder whose adapter is the starting state")
+
+
+class TrainableSpec(Section):
+    """The named sub-state that is trained and travels."""
+
+    kind: Literal["lora", "full", "prompt", "blocks"] = "lora"
+    rank: Positive | list[Positive] = Field(16, description="LoRA rank, or one per party")
+    scaling: Annotated[float, Field(gt=0)] = Field(2.0, description="alpha / rank, the same at every rank")
+    targets: list[str] = Field(default=[], description="module names LoRA adapts; empty: every linear layer")
+    length: Positive = Field(16, description="tokens of a soft prompt")
+    blocks: list[Annotated[int, Field(ge=0)]] = Field(default=[], description="block indices; empty: all")
+
+
+class Data(Section):
+    """Whose examples, and how they are spread over parties."""
+
+    source: str = Field(
+        "python-library",
+        description="built-in corpus, JSONL or Parquet file, folder of text, or Hugging Face id",
+    )
+    parties: str | list[str] = Field("by-domain", description="a partition, or one path per party")
+    count: Positive = Field(6, description="how many parties a partition makes")
+    examples: Positive = Field(400, description="training examples per party, at most")
+    held_out: Positive = Field(48, description="held-out examples per party")
+    max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens of prompt and response together")
+
+
+class Training(Section):
+    """What a party does at home."""
+
+    batch_size: Positive = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm bound; 0: none")
+    gradient: Literal["backpropagation", "zeroth-order"] = "backpropagation"
+    objective: Literal["causal", "seq2seq"] = "causal"
+    perturbation: Annotated[float, Field(gt=0)] = Field(1e-3, description="step of the two-point estimate")
+
+
+class Rounds(Section):
+    """How often nodes are asked, how long they work alone, and when their answers combine."""
+
+    count: Positive = 8
+    local_steps: Positive = 10
+    pace: str = Field("synchronous", description='"synchronous", "buffered(K)" or "sequential"')
+    cohort: Fraction = Field(1.0, description="share of the nodes asked in a round")
+    quorum: Fraction = Field(1.0, description="share of the cohort that is enough once the deadline has passed")
+    patience: Annotated[float, Field(gt=0)] = Field(3.0, description="how far beyond the usual a deadline lies")
+    staleness: Annotated[float, Field(ge=0)] = Field(0.5, description="exponent that discounts late versions")
+    evaluate_every: Positive = Field(1, description="rounds between evaluations at the parties")
+
+
+class Wire(Section):
+    """How tensors are encoded when they travel."""
+
+    codec: str = Field("raw", description="what parties' answers are encoded with")
+    brief_codec: str = Field("raw", description="what the coordinator's briefs are encoded with")
+    error_feedback: bool = Field(False, description="keep what the codec lost and add it to the next answer")
+    max_parcel: Positive = Field(1 << 31, description="largest frame accepted, in bytes")
+
+
+class FleetSpec(Section):
+    """Which devices and links take part."""
+
+    devices: str = Field("six-laptops", description="a built-in profile or a fleet.toml")
+
+
+class Engine(Section):
+    """What carries parcels and runs the work."""
+
+    kind: Literal["inprocess"] = "inprocess"
+    workers: Annotated[int, Field(ge=-1)] = Field(-1, description="worker processes; 0: in this one; -1: every core")
+
+
+class Recipe(Section):
+    """Everything a run needs to be repeated to the bit."""
+
+    title: str = ""
+    system: str = "fedavg"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    model: Model = Model()
+    trainable: TrainableSpec = TrainableSpec()
+    data: Data = Data()
+    training: Training = Training()
+    rounds: Rounds = Rounds()
+    wire: Wire = Wire()
+    fleet: FleetSpec = FleetSpec()
+    engine: Engine = Engine()
+    knobs: dict[str, Any] = Field(default={}, description="the system's own settings, checked against its Knobs")
+    compare: list[Literal["local", "centralised", "personal"]] = Field(
+        default=[], description="arms to run beside the system"
+    )
+    personal_steps: Positive = Field(20, description="steps of the personal arm, from the federated state")
+
+    def to_toml(self) -> str:
+        """Print the whole recipe, defaults included, as TOML."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def sha256(self) -> str:
+        """Hash of the canonical JSON; engine settings are left out, for they never change a result."""
+        content = self.model_dump(mode="json", exclude={"engine"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def replace(self, changes: dict[str, Any]) -> Recipe:
+        """Return a checked copy with dotted keys replaced, e.g. ``{"rounds.count": 3}``."""
+        content = self.model_dump()
+        for key, value in changes.items():
+            *sections, leaf = key.split(".")
+            place = content
+            for section in sections:
+                place = place[section]
+            place[leaf] = value
+        return Recipe.model_validate(content)

@@ -1,0 +1,275 @@
+"""The one loop of the rounds kind: ask, wait, check, combine, step - on every engine, at every pace.
+
+``cohort -> brief -> local work -> encode -> guard -> collect -> filter -> combine -> server step -> evaluate``
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mycel.engines.engine import Arrival, Engine, Request
+from mycel.errors import EngineError, ParcelError
+from mycel.evaluate.metrics import Scores
+from mycel.rounds.deadline import Deadlines
+from mycel.rounds.pace import Pace, View
+from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
+from mycel.rounds.world import World
+from mycel.wire.codecs import parse_codec
+from mycel.wire.meter import Meter
+from mycel.wire.parcel import Limits, Parcel
+
+
+class Record(Protocol):
+    """Writes one event of the run's log."""
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Append the event."""
+
+
+@dataclass
+class Lease:
+    """A node's permission to answer: who was asked what, when, and until when an answer is expected."""
+
+    request: Request
+    version: int
+    kind: str
+    expects: dict[str, tuple[int, ...]] | None
+    deadline: float | None
+
+
+@dataclass
+class Progress:
+    """Everything the coordinator must remember between two rounds; a checkpoint holds exactly this."""
+
+    state: State = field(default_factory=State)
+    version: int = 0
+    generation: int = 0
+    started: bool = False
+    delivered: bool = False
+    scores: dict[int, dict[int, list[float]]] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    drops: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Coordinator:
+    """Drives one arm of a run.
+
+    Parameters
+    ----------
+    checkpoint : callable
+        Called after every round, when ``progress`` and ``leases`` are consistent.
+    """
+
+    world: World
+    system: System
+    engine: Engine
+    pace: Pace
+    record: Record
+    checkpoint: Callable[[Coordinator], None] = lambda _: None
+    progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Meter)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    _arrived: dict[int, Answer] = field(default_factory=dict)
+    _refused: Counter[int] = field(default_factory=Counter)
+
+    async def run(self) -> State:
+        """Run every round that is left, deliver the result to every node, and return the final state."""
+        done = self.progress
+        if not done.started:
+            done.state, done.started = self.system.begin(self.world), True
+            self.checkpoint(self)
+        while done.version < self.world.recipe.rounds.count:
+            await self._advance()
+        if not done.delivered:
+            await self._deliver()
+        return done.state
+
+    async def _advance(self) -> None:
+        view = self._view()
+        for node in self.pace.ask(view):
+            self._ask(node, self._brief(node))
+        if not self.leases:
+            raise EngineError(self._stalled())
+        arrival = await self.engine.answer(self._next_deadline())
+        if arrival is not None:
+            self._collect(arrival)
+        if self.pace.ready(self._view()):
+            self._combine()
+        elif self._overdue or (arrival is None and self.pace.keeps):
+            self._expire()
+
+    @property
+    def _overdue(self) -> bool:
+        now = self.engine.now()
+        return bool(self.leases) and all(
+            lease.deadline is not None and lease.deadline <= now for lease in self.leases.values()
+        )
+
+    def _next_deadline(self) -> float | None:
+        now = self.engine.now()
+        moments = [lease.deadline for lease in self.leases.values() if lease.deadline is not None]
+        return min((moment for moment in moments if moment > now), default=None)
+
+    def _view(self) -> View:
+        return View(
+            self.progress.version,
+            self._cohort(),
+            tuple(self.leases),
+            tuple(self._arrived),
+            tuple(self._refused),
+            self._overdue,
+        )
+
+    def _cohort(self) -> tuple[int, ...]:
+        nodes = list(range(len(self.world.nodes)))
+        share = self.world.recipe.rounds.cohort
+        if share >= 1:
+            return tuple(nodes)
+        size = max(1, round(share * len(nodes)))
+        return tuple(sorted(random.Random(self.world.seed("cohort", self.progress.version)).sample(nodes, size)))
+
+    def _brief(self, node: int) -> Parcel:
+        brief = self.system.brief(self.progress.state, node)
+        every = self.world.recipe.rounds.evaluate_every
+        header = {**brief.header, "version": self.progress.version}
+        if self.progress.version % every == 0:
+            header["evaluate"] = 1
+        return Parcel(brief.kind, header, brief.tensors)
+
+    def _ask(self, node: int, brief: Parcel) -> None:
+        frame = brief.to_bytes(parse_codec(self.world.recipe.wire.brief_codec))
+        seconds = self.world.compute_seconds(node, brief.kind == "work", int("evaluate" in brief.header))
+        self.progress.generation += 1
+        request = Request(node, self.progress.generation, frame, self.engine.now(), seconds)
+        self.meter.count(node, "down", brief.kind, len(frame))
+        self.record("ask", round=self.progress.version, node=node, bytes=len(frame), at=request.asked)
+        deadline = self.deadlines.of(request, self.engine, self.world.recipe.rounds.patience)
+        expects = self.system.expects(brief) if brief.kind == "work" else None
+        self.leases[node] = Lease(request, self.progress.version, brief.kind, expects, deadline)
+        self.engine.ask(request)
+
+    def _collect(self, arrival: Arrival) -> None:
+        lease = self.leases.get(arrival.node)
+        purpose = lease.kind if lease else "late"
+        self.meter.count(arrival.node, "up", purpose, len(arrival.frame))
+        if lease is None or lease.request.generation != arrival.generation:
+            self._drop(arrival.node, "late", "answer of an ended lease", arrival.at)
+            return
+        del self.leases[arrival.node]
+        self.deadlines.learn(arrival)
+        try:
+            answer = self._filter(arrival, lease)
+        except ParcelError as error:
+            self._refused[arrival.node] += 1
+            self._drop(arrival.node, "invalid", str(error), arrival.at)
+            return
+        if lease.kind == "work":
+            self._arrived[arrival.node] = answer
+        self.record(
+            "answer",
+            round=lease.version,
+            node=arrival.node,
+            bytes=len(arrival.frame),
+            at=arrival.at,
+            started=arrival.started,
+            computed=arrival.computed,
+            staleness=answer.staleness,
+            loss=answer.parcel.header.get("loss"),
+        )
+
+    def _filter(self, arrival: Arrival, lease: Lease) -> Answer:
+        if arrival.refusal:
+            raise ParcelError(arrival.refusal)
+        wire, rounds = self.world.recipe.wire, self.world.recipe.rounds
+        parcel = Parcel.from_bytes(arrival.frame, Limits(frame_bytes=wire.max_parcel))
+        check_answer(self.system, parcel)
+        if lease.expects is not None:
+            check_shapes(group(parcel.tensors, "update"), lease.expects)
+        scores = parcel.header.get("scores")
+        if scores:
+            self.progress.scores.setdefault(lease.version, {})[arrival.node] = scores
+        staleness = self.progress.version - lease.version
+        samples = int(parcel.header.get("samples", 0))
+        return Answer(arrival.node, parcel, samples, staleness, samples * (1 + staleness) ** -rounds.staleness)
+
+    def _combine(self) -> None:
+        done = self.progress
+        answers = [self._arrived[node] for node in sorted(self._arrived)]
+        done.state = self.system.step(done.state, self.system.combine(done.state, answers))
+        if not self.pace.keeps:
+            for node in list(self.leases):
+                del self.leases[node]
+        done.version += 1
+        self._close_round(len(answers))
+        self._arrived.clear()
+        self._refused.clear()
+        self.checkpoint(self)
+
+    def _close_round(self, answers: int) -> None:
+        done = self.progress
+        before = done.rounds[-1] if done.rounds else {"total_up": 0, "total_down": 0}
+        up, down = self.meter.total("up"), self.meter.total("down")
+        entry = {
+            "round": done.version,
+            "loss": None,
+            "bytes_up": up - before["total_up"],
+            "bytes_down": down - before["total_down"],
+            "virtual_seconds": self.engine.now(),
+            "answers": answers,
+            "dropped": sum(done.drops.values()),
+            "total_up": up,
+            "total_down": down,
+        }
+        done.rounds.append(entry)
+        seen = {key: value for key, value in entry.items() if key not in {"loss", "total_up", "total_down"}}
+        self.record("round", **seen, loss_before=self.loss(done.version - 1))
+
+    async def _deliver(self) -> None:
+        """Hand the final state to every node; each scores it on its own held-out examples."""
+        waiting = set(range(len(self.world.nodes)))
+        self.leases.clear()
+        for node in sorted(waiting):
+            brief = self._brief(node)
+            self._ask(node, Parcel("deliver", {**brief.header, "evaluate": 1}, brief.tensors))
+        while self.leases:
+            arrival = await self.engine.answer(self._next_deadline())
+            if arrival is None:
+                self._expire()
+            else:
+                self._collect(arrival)
+        self.progress.delivered = True
+        self.checkpoint(self)
+
+    def _expire(self) -> None:
+        """End the leases of nodes that stayed silent past their deadline; they may be asked anew."""
+        for node, lease in list(self.leases.items()):
+            if lease.deadline is not None and lease.deadline <= self.engine.now():
+                del self.leases[node]
+                self.deadlines.lost(node)
+                self._drop(node, "lost", "no answer by the learnt deadline", self.engine.now())
+
+    def _drop(self, node: int, reason: str, detail: str, at: float) -> None:
+        self.progress.drops[reason] += 1
+        self.record("drop", round=self.progress.version, node=node, reason=reason, detail=detail, at=at)
+
+    def _stalled(self) -> str:
+        return (
+            f"round {self.progress.version + 1} cannot go on: {len(self._refused)} of {len(self._cohort())} answers "
+            "were refused and nobody is left to ask; the log's drop events say why"
+        )
+
+    def loss(self, version: int) -> float | None:
+        """Mean held-out loss of the state of ``version`` over the parties that scored it; None if none did."""
+        found = self.progress.scores.get(version)
+        return sum(read_scores(found).values(), Scores()).loss if found else None
+
+
+def read_scores(found: Mapping[int, Sequence[float]]) -> dict[int, Scores]:
+    """Return each node's scores from the three numbers it reported."""
+    return {node: Scores(float(loss), int(tokens), int(correct)) for node, (loss, tokens, correct) in found.items()}

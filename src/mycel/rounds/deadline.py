@@ -1,0 +1,47 @@
+"""Deadlines learnt from arrivals: no timeout is set by hand, ``patience`` is the one knob.
+
+A node is expected to take about as long as it lately did; until it has answered, as long as the engine predicts;
+failing that, as long as the others. The allowance is ``median + patience * max(MAD, median / 4)``, doubled for each
+time in a row that the node stayed silent. With nothing to go by, there is no deadline.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from statistics import median
+
+from mycel.engines.engine import Arrival, Engine, Request
+
+WINDOW = 16
+
+
+@dataclass
+class Deadlines:
+    """Remembers how long each node took from question to answer."""
+
+    recent: dict[int, deque[float]] = field(default_factory=dict)
+    silent: Counter[int] = field(default_factory=Counter)
+
+    def learn(self, arrival: Arrival) -> None:
+        """Take note of an answer."""
+        self.recent.setdefault(arrival.node, deque(maxlen=WINDOW)).append(arrival.at - arrival.asked)
+        self.silent.pop(arrival.node, None)
+
+    def lost(self, node: int) -> None:
+        """Take note that a node stayed silent: the next allowance is twice as long."""
+        self.silent[node] += 1
+
+    def of(self, request: Request, engine: Engine, patience: float) -> float | None:
+        """Return the moment by which ``request`` should be answered."""
+        taken = list(self.recent.get(request.node, ()))
+        predicted = engine.expected_seconds(request)
+        if predicted is not None:
+            taken.append(predicted)
+        if not taken:
+            taken = [seconds for node in self.recent.values() for seconds in node]
+        if not taken:
+            return None
+        middle = median(taken)
+        spread = max(median(abs(seconds - middle) for seconds in taken), middle / 4)
+        return request.asked + (middle + patience * spread) * float(2 ** min(self.silent[request.node], 16))

@@ -1,0 +1,102 @@
+"""Where claims are measured: small federations of the built-in corpus, run in process one after another."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mycel.data.parties import load_parties
+from mycel.data.tokens import TokenStore
+from mycel.models.base import Base, find_base, open_base
+from mycel.recipe.schema import Recipe
+from mycel.rounds.algebra import seed_of
+from mycel.rounds.probe import probe_all
+from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
+from mycel.rounds.world import World
+from mycel.wire.parcel import Tensors
+
+STANDARD: dict[str, Any] = {
+    "trainable.rank": 8,
+    "data.examples": 128,
+    "data.held_out": 24,
+    "data.max_length": 96,
+    "rounds.count": 4,
+    "rounds.local_steps": 5,
+    "training.learning_rate": 3e-3,
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a claim came to here.
+
+    Attributes
+    ----------
+    measured : str
+        One sentence with the figures.
+    holds : bool
+        Whether the property that the claim rests on was seen.
+    figures : dict
+        The numbers of the sentence, by name.
+    """
+
+    measured: str
+    holds: bool
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+Claim = Callable[["Laboratory"], Measured]
+
+
+@dataclass
+class Laboratory:
+    """Runs recipes; parties' tokens are made once for each data section and seed."""
+
+    place: Workplace
+    folder: Path
+    base: str = "tiny"
+    _count: int = 0
+
+    def recipe(self, system: str, changes: dict[str, Any] | None = None) -> Recipe:
+        """Return the standard small recipe for ``system`` with dotted keys replaced."""
+        start = Recipe(system=system).replace({"model.base": self.base, **STANDARD})
+        return start.replace(changes or {})
+
+    def world(self, recipe: Recipe, pooled: bool = False) -> World:
+        """Open a new arm for ``recipe`` and return the coordinator's view of it."""
+        base = find_base(recipe.model.base)
+        self._count += 1
+        return self.place.open(f"claim-{self._count}", recipe, base, self._tokens(recipe, base), pooled)
+
+    def run(self, recipe: Recipe, start: Tensors | None = None, pooled: bool = False) -> Finished:
+        """Run ``recipe`` to its end, from ``start`` if given; ``pooled`` gives one party all the data."""
+        world = self.world(recipe, pooled)
+        world.start = start
+        return Simulation(f"claim-{self._count}", world, self.place.labour).run()
+
+    def mixture(self, finished: Finished) -> float:
+        """Mean, over the models that a run made, of the loss on all parties' held-out examples together."""
+        return probe_all({"system": finished}, self.place.labour).mixture("system")
+
+    def open_base(self, name: str = "") -> Base:
+        """Return a base of its own, which no simulation shares."""
+        return open_base(find_base(name or self.base))
+
+    def _tokens(self, recipe: Recipe, base: Path) -> Path:
+        key = recipe.replace({"system": "fedavg", "knobs": {}}).data.model_dump_json() + f"{recipe.seed}{base}"
+        path = self.folder / f"{seed_of(key)}.safetensors"
+        if not path.exists():
+            parties = load_parties(recipe.data, recipe.seed)
+            TokenStore.build(parties, open_base(base).tokenizer, recipe.data.max_length).save(path)
+        return path
+
+
+@contextmanager
+def laboratory(workers: int = -1, base: str = "tiny") -> Iterator[Laboratory]:
+    """Open a laboratory with its own worker processes and scratch folder."""
+    with tempfile.TemporaryDirectory(prefix="mycel-") as folder, workplace(workers) as place:
+        yield Laboratory(place, Path(folder), base)

@@ -1,0 +1,141 @@
+"""A site handles one request after another for the parties it hosts, over one copy of the base.
+
+The same code serves a worker process of a simulation and a real party: frames in, frames out. What leaves is
+checked against the system's declaration, encoded, and only then handed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mycel.catalog import load_system
+from mycel.data.tokens import TokenStore
+from mycel.evaluate.metrics import Scores, held_out
+from mycel.models.base import Base, open_base
+from mycel.models.trainable import Trainable, build_trainable
+from mycel.recipe.schema import Recipe
+from mycel.rounds.party import Party
+from mycel.rounds.system import System, check_answer
+from mycel.wire.codecs import parse_codec
+from mycel.wire.feedback import compensate
+from mycel.wire.parcel import Limits, Parcel
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a site must know to host an arm of a run; small, and JSON on the wire.
+
+    Attributes
+    ----------
+    base : str
+        Folder of the base model.
+    store : str
+        File of the parties' tokens.
+    pooled : bool
+        Whether node 0 holds every party's training examples (the centralised arm).
+    """
+
+    recipe: Recipe
+    base: str
+    store: str
+    pooled: bool = False
+
+    def to_json(self) -> str:
+        """Serialise for another process."""
+        content = {"base": self.base, "store": self.store, "pooled": self.pooled}
+        return json.dumps({"recipe": self.recipe.model_dump(mode="json"), **content})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Inverse of ``to_json``."""
+        content = json.loads(text)
+        return cls(recipe=Recipe.model_validate(content.pop("recipe")), **content)
+
+
+@dataclass
+class Site:
+    """Hosts the parties of one job; bases, stores and trainables are shared with the process's other jobs."""
+
+    job: Job
+    bases: dict[str, Base] = field(default_factory=dict)
+    stores: dict[str, TokenStore] = field(default_factory=dict)
+    trainables: dict[tuple[str, str, int | None], Trainable] = field(default_factory=dict)
+
+    @cached_property
+    def system(self) -> System:
+        """The system that the recipe names."""
+        return load_system(self.job.recipe)
+
+    @cached_property
+    def base(self) -> Base:
+        """The frozen base."""
+        if self.job.base not in self.bases:
+            self.bases[self.job.base] = open_base(Path(self.job.base))
+        return self.bases[self.job.base]
+
+    @cached_property
+    def store(self) -> TokenStore:
+        """Every party's tokens, memory-mapped."""
+        if self.job.store not in self.stores:
+            self.stores[self.job.store] = TokenStore.open(Path(self.job.store))
+        return self.stores[self.job.store]
+
+    def bind(self, rank: int | None) -> Trainable:
+        """Return the trainable of one rank, built once per process."""
+        spec = self.job.recipe.trainable
+        key = (self.job.base, spec.model_dump_json(), rank)
+        if key not in self.trainables:
+            self.trainables[key] = build_trainable(spec, self.base, rank)
+        return self.trainables[key]
+
+    def party(self, node: int, version: int, personal: Mapping[str, Any] | None = None) -> Party:
+        """Return one node's view; -1 is the coordinator, which holds no examples."""
+        table = self.store.pooled() if self.job.pooled else self.store.train(max(node, 0))
+        examples = table.slice(0, 0) if node < 0 else table
+        return Party(node, version, self.job.recipe, self.base, examples, self.bind, dict(personal or {}))
+
+    def handle(self, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
+        """Carry out one brief and return the answer's frame and the party's new home frame."""
+        wire = self.job.recipe.wire
+        brief = Parcel.from_bytes(frame, Limits(frame_bytes=wire.max_parcel))
+        personal = Parcel.from_bytes(home).tensors if home else {}
+        party = self.party(node, int(brief.header.get("version", 0)), personal)
+        scores = [self.evaluate(brief, party, index) for index in self._evaluated(brief, node)]
+        if brief.kind == "deliver":
+            answer = Parcel("answer", {"samples": party.samples})
+        else:
+            answer = self.system.work(brief, party)
+        if scores:
+            numbers = [number for score in scores for number in (score.loss_sum, score.tokens, score.correct)]
+            answer = Parcel(answer.kind, {**answer.header, "scores": numbers}, answer.tensors)
+        check_answer(self.system, answer)
+        return self._encode(answer, party)
+
+    def evaluate(self, brief: Parcel, party: Party, holder: int) -> Scores:
+        """Score the model that a brief describes on the held-out examples of ``holder``."""
+        trainable = self.system.adopt(brief, party)
+        objective = self.job.recipe.training.objective
+        with trainable.active():
+            return held_out(self.base.model, self.store.held_out(holder), pad_id=party.pad_id, objective=objective)
+
+    def _evaluated(self, brief: Parcel, node: int) -> list[int]:
+        # Other parties' held-out examples are named only by a simulation's comparison arms; a real party holds its own.
+        return list(brief.header.get("holders", [node] if brief.header.get("evaluate") else []))
+
+    def _encode(self, answer: Parcel, party: Party) -> tuple[bytes, bytes]:
+        wire = self.job.recipe.wire
+        codec = parse_codec(wire.codec)
+        personal = dict(party.personal)
+        if wire.error_feedback and answer.tensors and not codec.lossless:
+            start = "residual/"
+            kept = {name[len(start) :]: value for name, value in personal.items() if name.startswith(start)}
+            tensors, residual = compensate(answer.tensors, kept, codec)
+            answer = Parcel(answer.kind, answer.header, tensors)
+            personal |= {start + name: value for name, value in residual.items()}
+        home = Parcel("home", {}, personal).to_bytes() if personal else b""
+        return answer.to_bytes(codec), home

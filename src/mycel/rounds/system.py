@@ -1,0 +1,221 @@
+"""The contract of a system that works in rounds: five functions, plus what a party becomes when it is told.
+
+Federated averaging (`mycel.finetune.fedavg`) is the plain system that the others vary; a file overrides only what
+its paper changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mycel.errors import ParcelError
+from mycel.recipe.load import explain
+from mycel.recipe.schema import Recipe
+from mycel.wire.parcel import Parcel, Tensors
+
+if TYPE_CHECKING:
+    from mycel.models.trainable import Trainable
+    from mycel.rounds.party import Party
+    from mycel.rounds.world import World
+
+
+class Knobs(BaseModel):
+    """A system's own settings; a subclass adds fields with units in their descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the coordinator knows between rounds.
+
+    Attributes
+    ----------
+    shared : Tensors
+        The trained state that all parties share.
+    parties : dict of int to Tensors
+        A state of its own for each party that has one.
+    base : Tensors
+        A change to the base's weights, by weight name.
+    server : Tensors
+        What only the coordinator keeps (moments, control variates).
+    facts : dict
+        Small JSON values.
+    """
+
+    shared: Tensors = field(default_factory=dict)
+    parties: dict[int, Tensors] = field(default_factory=dict)
+    base: Tensors = field(default_factory=dict)
+    server: Tensors = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> State:
+        """Return a copy with the named fields replaced."""
+        return replace(self, **changes)
+
+    def to_parcel(self) -> Parcel:
+        """Lay the state out as one parcel, roles before names."""
+        tensors = with_role("shared", self.shared) | with_role("base", self.base) | with_role("server", self.server)
+        for node, own in sorted(self.parties.items()):
+            tensors |= with_role(f"party.{node}", own)
+        return Parcel("state", {"facts": self.facts, "parties": sorted(self.parties)}, tensors)
+
+    @classmethod
+    def from_parcel(cls, parcel: Parcel) -> State:
+        """Inverse of ``to_parcel``."""
+        parties = {int(node): group(parcel.tensors, f"party.{node}") for node in parcel.header.get("parties", [])}
+        roles = {role: group(parcel.tensors, role) for role in ("shared", "base", "server")}
+        return cls(parties=parties, facts=parcel.header.get("facts", {}), **roles)
+
+    def sha256(self) -> str:
+        """Hash of every name, shape and value that the coordinator keeps."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.to_parcel().tensors.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            )
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One party's sound answer as it reaches ``combine``.
+
+    Attributes
+    ----------
+    node : int
+        Who answered.
+    parcel : Parcel
+        Decoded, checked and guarded.
+    samples : int
+        Training examples the party holds.
+    staleness : int
+        Versions that passed between brief and arrival.
+    weight : float
+        ``samples`` discounted by staleness; not normalised.
+    """
+
+    node: int
+    parcel: Parcel
+    samples: int
+    staleness: int
+    weight: float
+
+    def tensors(self, role: str = "update") -> Tensors:
+        """Return the tensors sent under ``role``."""
+        return group(self.parcel.tensors, role)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the answers make together: any of a shared change, a state each, a change to the base, or a fit."""
+
+    shared: Tensors = field(default_factory=dict)
+    parties: dict[int, Tensors] = field(default_factory=dict)
+    base: Tensors = field(default_factory=dict)
+    server: Tensors = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class System:
+    """Base of every system of the rounds kind.
+
+    Attributes
+    ----------
+    Knobs : type
+        Pydantic model of the recipe's ``[knobs]``.
+    leaves : tuple of str
+        Roles of tensors that may leave a party; anything else in an answer is refused at the party.
+    reports : tuple of str
+        Header keys that may leave a party; numbers or lists of numbers only.
+    paces : tuple of str
+        Paces under which the mechanism is sound.
+    """
+
+    Knobs: ClassVar[type[Knobs]] = Knobs
+    leaves: ClassVar[tuple[str, ...]] = ("update",)
+    reports: ClassVar[tuple[str, ...]] = ("samples", "loss")
+    paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        try:
+            self.knobs: Any = self.Knobs.model_validate(recipe.knobs)
+        except ValidationError as error:
+            raise explain(error, self.Knobs, where=f"knobs of the system {recipe.system!r}") from error
+
+    def begin(self, world: World) -> State:
+        """What is there before the first round?"""
+        raise NotImplementedError
+
+    def brief(self, state: State, node: int) -> Parcel:
+        """What must this node be told?"""
+        raise NotImplementedError
+
+    def adopt(self, brief: Parcel, party: Party) -> Trainable:
+        """Become the model that the brief describes, at the party or at the coordinator."""
+        raise NotImplementedError
+
+    def expects(self, brief: Parcel) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes of the update that answers ``brief``; None when the system checks them itself."""
+        return {name: tuple(tensor.shape) for name, tensor in group(brief.tensors, "shared").items()}
+
+    def work(self, brief: Parcel, party: Party) -> Parcel:
+        """What does the party do at home, and what may leave?"""
+        raise NotImplementedError
+
+    def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
+        """What do the answers make together? Must not depend on their order."""
+        raise NotImplementedError
+
+    def step(self, state: State, outcome: Outcome) -> State:
+        """How does the world move?"""
+        raise NotImplementedError
+
+
+def with_role(role: str, tensors: Tensors) -> Tensors:
+    """Prefix names with the role under which they travel."""
+    return {f"{role}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def group(tensors: Tensors, role: str) -> Tensors:
+    """Return the tensors of one role, without the prefix."""
+    start = f"{role}/"
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def check_answer(system: System, answer: Parcel) -> None:
+    """Refuse an answer that holds a role, a report or a value that the system does not declare.
+
+    Used at the party before anything leaves, and at the coordinator before anything is combined.
+    """
+    for name, tensor in answer.tensors.items():
+        role = name.partition("/")[0]
+        if role not in system.leaves:
+            raise ParcelError(
+                f"tensor {name!r} has the role {role!r}; only {', '.join(system.leaves)} may leave a party"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ParcelError(f"tensor {name!r} holds NaN or infinity")
+    for key, value in answer.header.items():
+        if key not in (*system.reports, "scores"):
+            raise ParcelError(f"the report {key!r} is not declared; only {', '.join(system.reports)} may leave a party")
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ParcelError(f"the report {key!r} is {str(value)[:40]!r}; only numbers may leave a party")
+
+
+def check_shapes(update: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an update whose names or shapes differ from what was asked for."""
+    for name in sorted(set(update) ^ set(expected)):
+        raise ParcelError(f"tensor {name!r} is {'not expected' if name in update else 'missing'} in the answer")
+    for name, shape in expected.items():
+        if tuple(update[name].shape) != shape:
+            raise ParcelError(f"tensor {name!r} has the shape {tuple(update[name].shape)}, expected {shape}")

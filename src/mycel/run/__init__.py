@@ -1,0 +1,1 @@
+"""What happened: an append-only event log, checkpoints, results and a report, in one folder."""

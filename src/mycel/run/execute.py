@@ -1,0 +1,182 @@
+"""Run a recipe from its beginning, or from wherever it was stopped, to its end.
+
+``recipe -> base, tokens -> arms (each a coordinator on its own virtual clock) -> probes -> result, model, report``
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mycel.catalog import load_system
+from mycel.data.parties import load_parties
+from mycel.data.tokens import TokenStore
+from mycel.engines.inprocess import Labour
+from mycel.engines.pool import WorkerPool
+from mycel.errors import RecipeError
+from mycel.fleet import load_fleet
+from mycel.models.base import find_base, open_base
+from mycel.models.save import save_run_model
+from mycel.recipe.schema import Recipe
+from mycel.report import write_report
+from mycel.rounds.pace import parse_pace
+from mycel.rounds.probe import Probes, probe_all
+from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
+from mycel.rounds.system import group
+from mycel.rounds.world import World
+from mycel.run.arms import Arm, arms_of
+from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint
+from mycel.run.folder import RunFolder, write_json, writing
+from mycel.run.log import EventLog
+from mycel.run.result import build_result
+from mycel.wire.codecs import parse_codec
+
+
+class Watcher(Protocol):
+    """Whoever shows a run's progress; every method may do nothing."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """A preparation has come to ``done`` of ``total``."""
+
+    def arm(self, name: str, total: int) -> None:
+        """An arm begins; it will take ``total`` answers."""
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """An event was logged."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def arm(self, name: str, total: int) -> None:
+        """Ignore it."""
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Ignore it."""
+
+
+@dataclass
+class Execution:
+    """One run in progress."""
+
+    recipe: Recipe
+    folder: RunFolder
+    watcher: Watcher = field(default_factory=Silent)
+
+    def run(self) -> dict[str, Any]:
+        """Carry the run to its end and return the content of ``result.json``."""
+        started = time.monotonic()
+        self.log = EventLog(self.folder.events, self.watcher.event)
+        try:
+            base = find_base(self.recipe.model.base, self.watcher.phase)
+            self._write_tokens(base)
+            with workplace(self.recipe.engine.workers) as place:
+                finished = self._run_arms(place, base)
+                probes = probe_all(finished, place.labour) if self.recipe.compare else Probes()
+            result = build_result(self.recipe, finished, probes, time.monotonic() - started)
+            self._save_model(finished["system"])
+            write_json(self.folder.result, result)
+            self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
+            write_report(self.folder.path)
+        finally:
+            self.log.close()
+        return result
+
+    def _write_tokens(self, base: Path) -> None:
+        self.watcher.phase("reading the parties' data", 0, 1)
+        if not self.folder.tokens.exists():
+            parties = load_parties(self.recipe.data, self.recipe.seed)
+            store = TokenStore.build(parties, open_base(base).tokenizer, self.recipe.data.max_length)
+            temporary = self.folder.tokens.with_name(".tokens.safetensors")
+            with writing(self.folder.tokens):
+                store.save(temporary)
+                temporary.replace(self.folder.tokens)
+        self.watcher.phase("reading the parties' data", 1, 1)
+
+    def _run_arms(self, place: Workplace, base: Path) -> dict[str, Finished]:
+        system = place.open("system", self.recipe, base, self.folder.tokens)
+        self.log.record(
+            "start",
+            "system",
+            recipe_sha256=self.recipe.sha256(),
+            seed=self.recipe.seed,
+            nodes=[node.name for node in system.nodes],
+        )
+        arms = arms_of(self.recipe, len(system.nodes))
+        worlds = {
+            arm.name: system
+            if arm.name == "system"
+            else place.open(arm.name, arm.recipe, base, self.folder.tokens, arm.pooled)
+            for arm in arms
+        }
+        # Arms are independent; they take turns only where one process does all the work.
+        side_by_side = isinstance(place.labour, WorkerPool)
+        finished: dict[str, Finished] = {}
+        with ThreadPoolExecutor(len(arms) if side_by_side else 1) as threads:
+            running = {
+                arm.name: threads.submit(self._run_arm, arm, worlds[arm.name], place.labour)
+                for arm in arms
+                if not arm.after
+            }
+            finished |= {name: future.result() for name, future in running.items()}
+        for arm in arms:
+            if arm.after:
+                before = finished[arm.after]
+                worlds[arm.name].start = group(before.system.brief(before.state, -1).tensors, "shared")
+                finished[arm.name] = self._run_arm(arm, worlds[arm.name], place.labour)
+        return finished
+
+    def _run_arm(self, arm: Arm, world: World, labour: Labour) -> Finished:
+        path = self.folder.checkpoint(arm.name)
+        saved = read_checkpoint(path)
+        self.watcher.arm(arm.name, arm.recipe.rounds.count)
+        simulation = Simulation(
+            arm.name,
+            world,
+            labour,
+            lambda event, **fields: self.log.record(event, arm.name, **fields),
+            lambda coordinator: save_checkpoint(coordinator, path),
+        )
+        if saved is None:
+            return simulation.run()
+        return simulation.run(homes_of(saved), checkpoint_clock(saved), lambda coordinator: restore(coordinator, saved))
+
+    def _save_model(self, finished: Finished) -> None:
+        observer = finished.world.observer(-1, finished.progress.version)
+        trainable = finished.system.adopt(finished.system.brief(finished.state, -1), observer)
+        temporary = self.folder.path / ".model"
+        with writing(self.folder.model):
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_run_model(finished.world.base, trainable, temporary)
+            shutil.rmtree(self.folder.model, ignore_errors=True)
+            temporary.rename(self.folder.model)
+
+
+def run_recipe(recipe: Recipe, out: Path, resume: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Run ``recipe`` in the folder ``out`` and return the content of its ``result.json``."""
+    check_recipe(recipe)
+    folder = RunFolder(out)
+    with folder.held(recipe, resume):
+        return Execution(recipe, folder, watcher or Silent()).run()
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what can be refused before any work starts."""
+    load_system(recipe)
+    parse_pace(recipe.rounds.pace, recipe.rounds.quorum)
+    parse_codec(recipe.wire.codec)
+    parse_codec(recipe.wire.brief_codec)
+    load_fleet(recipe.fleet.devices)
+    ranks = recipe.trainable.rank
+    parties = recipe.data.count if isinstance(recipe.data.parties, str) else len(recipe.data.parties)
+    if isinstance(ranks, list) and len(ranks) != parties:
+        raise RecipeError(
+            f"trainable.rank lists {len(ranks)} ranks for {parties} parties: give one for each, or a single rank"
+        )
