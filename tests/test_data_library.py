@@ -13,6 +13,7 @@ from mycel.data import library
 from mycel.data.definitions import RESPONSE_LIMIT, WORD, as_example, definitions, summary
 from mycel.data.library import PRIVATE_DOMAINS, private_examples, public_examples, public_text
 from mycel.data.modules import SourceFile, read_source, source_files
+from mycel.data.prose import PIECE, pieces_of_code, pieces_of_prose, pieces_of_table
 from mycel.errors import DataError
 
 NEEDED = 400 + 48
@@ -142,3 +143,36 @@ def test_files_that_are_not_python_are_passed_over(tmp_path: Path) -> None:
     file = read_source(tmp_path / "coded.py", "coded")
     assert file is not None
     assert "é" in file.text
+
+
+def test_prose_is_taken_from_comments_and_the_rest_of_docstrings() -> None:
+    text = '''
+# This comment runs over two lines and says in plain words
+# what the code below is there to do for its readers.
+x = 1
+# short
+def pour():
+    """Pour the water.
+
+    The water has to be hot before it is poured, or the tea will have no taste at all.
+    """
+'''
+    file = SourceFile("kitchen", text, ast.parse(text))
+    assert list(pieces_of_prose(file)) == [
+        "Pour the water.\n\nThe water has to be hot before it is poured, or the tea will have no taste at all.",
+        "This comment runs over two lines and says in plain words\nwhat the code below is there to do for its readers.",
+    ]
+
+
+def test_pieces_are_bounded_and_lose_no_line() -> None:
+    text = "\n\n".join("\n".join(f"x{block}_{line} = {line}" for line in range(300)) for block in range(4)) + "\n"
+    pieces = list(pieces_of_code(SourceFile("numbers", text, ast.parse(text))))
+    assert all(len(piece) <= 1.1 * PIECE for piece in pieces)
+    assert [line for piece in pieces for line in piece.split("\n") if line] == [
+        line for line in text.split("\n") if line
+    ]
+
+
+def test_a_table_of_texts_leaves_out_what_it_is_told_to() -> None:
+    text = "topics = {'kept': 'one\\n\\ntwo', 'debugger': 'three'}"
+    assert list(pieces_of_table(SourceFile("topics", text, ast.parse(text)), {"debugger"})) == ["one\n\ntwo"]

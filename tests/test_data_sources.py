@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -125,9 +126,14 @@ def test_wrong_encoding_in_a_folder_names_file_and_line(tmp_path: Path) -> None:
 def test_an_endless_line_is_refused_before_it_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
-        file.truncate(1 << 30)
-    with pytest.raises(DataError, match="line 1: more than 16 MiB long"):
-        load_examples(str(path))
+        file.truncate(1 << 28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="line 1: more than 16 MiB long"):
+            load_examples(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text"])

@@ -98,7 +98,7 @@ def run_command(name: str, overrides: list[str], out: Path | None, resume: bool,
     console.print(f"run folder  {folder}\nreport      {folder / 'report.html'}\nmodel       {folder / 'model'}")
     console.print("\nNext:")
     console.print(
-        f"  mycel run {name} seed={recipe.seed + 1} wire.codec=int8   [dim]# another seed, a quarter of the bytes up[/dim]"
+        f"  mycel run {name} seed={recipe.seed + 1} wire.codec=int8   [dim]# another seed, a quarter of the bytes[/dim]"
     )
     console.print("  mycel claims fedavg flora_stacking        [dim]# what papers claim, measured here[/dim]")
     console.print(f"  mycel compare {folder} OTHER_RUN           [dim]# two runs side by side[/dim]")

@@ -16,11 +16,12 @@ from mycel.errors import EngineError, ParcelError
 from mycel.evaluate.metrics import Scores
 from mycel.rounds.deadline import Deadlines
 from mycel.rounds.pace import Pace, View
+from mycel.rounds.site import limits
 from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
 from mycel.rounds.world import World
 from mycel.wire.codecs import parse_codec
 from mycel.wire.meter import Meter
-from mycel.wire.parcel import Limits, Parcel
+from mycel.wire.parcel import Parcel
 
 
 class Record(Protocol):
@@ -187,7 +188,7 @@ class Coordinator:
         if arrival.refusal:
             raise ParcelError(arrival.refusal)
         wire, rounds = self.world.recipe.wire, self.world.recipe.rounds
-        parcel = Parcel.from_bytes(arrival.frame, Limits(frame_bytes=wire.max_parcel))
+        parcel = Parcel.from_bytes(arrival.frame, limits(wire, self.world.base))
         check_answer(self.system, parcel)
         if lease.expects is not None:
             check_shapes(group(parcel.tensors, "update"), lease.expects)

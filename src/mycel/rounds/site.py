@@ -18,7 +18,7 @@ from mycel.data.tokens import TokenStore
 from mycel.evaluate.metrics import Scores, held_out
 from mycel.models.base import Base, open_base
 from mycel.models.trainable import Trainable, build_trainable
-from mycel.recipe.schema import Recipe
+from mycel.recipe.schema import Recipe, Wire
 from mycel.rounds.party import Party
 from mycel.rounds.system import System, check_answer
 from mycel.wire.codecs import parse_codec
@@ -102,7 +102,7 @@ class Site:
     def handle(self, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
         """Carry out one brief and return the answer's frame and the party's new home frame."""
         wire = self.job.recipe.wire
-        brief = Parcel.from_bytes(frame, Limits(frame_bytes=wire.max_parcel))
+        brief = Parcel.from_bytes(frame, limits(wire, self.base))
         personal = Parcel.from_bytes(home).tensors if home else {}
         party = self.party(node, int(brief.header.get("version", 0)), personal)
         scores = [self.evaluate(brief, party, index) for index in self._evaluated(brief, node)]
@@ -139,3 +139,9 @@ class Site:
             personal |= {start + name: value for name, value in residual.items()}
         home = Parcel("home", {}, personal).to_bytes() if personal else b""
         return answer.to_bytes(codec), home
+
+
+def limits(wire: Wire, base: Base) -> Limits:
+    """Return what a receiver accepts: frames as the recipe says, and no more numbers than a few whole models hold."""
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    return Limits(frame_bytes=wire.max_parcel, elements=4 * parameters + (1 << 22))
