@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mycel.data.examples import Example
 from mycel.errors import ModelError
-from mycel.models import cache, pretrain
+from mycel.models import cache
 from mycel.models.base import find_base, open_base, save_model, shifted
 from mycel.models.pretrain import Corpus, train_base
 from mycel.models.save import save_run_model
@@ -34,9 +34,8 @@ SHORT_T5 = Size("short-t5", "t5", hidden=16, layers=1, heads=2, intermediate=24,
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_thread() -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(pretrain, "THREADS", 1)
 
 
 def ignore(phase: str, done: int, total: int) -> None:

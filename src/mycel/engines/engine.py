@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,14 @@ class Arrival:
     at: float
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A request whose answer is still to come, and what its party had at home when it was asked."""
+
+    request: Request
+    home: bytes
+
+
 class Engine(Protocol):
     """Carries requests and answers; the same coordinator drives every implementation."""
 
@@ -63,14 +71,21 @@ class Engine(Protocol):
     def expected_seconds(self, request: Request) -> float | None:
         """Predicted seconds from question to answer; None where only experience can tell."""
 
-    def ask(self, request: Request) -> None:
-        """Send a request; returns at once."""
+    def ask(self, request: Request, home: bytes | None = None) -> None:
+        """Send a request; returns at once.
+
+        ``home`` is what the party had at home when the request was first sent, for a resumed run; by default what it
+        has now. Engines that do not simulate parties ignore it.
+        """
 
     async def answer(self, until: float | None) -> Arrival | None:
         """Return the next answer, or None once the clock has reached ``until``."""
 
     def homes(self) -> Mapping[int, bytes]:
         """Return what parties keep at home, where this engine simulates them; else nothing."""
+
+    def pending(self) -> Sequence[Pending]:
+        """Return what a resumed run must ask again, leases or no, where this engine simulates parties; else nothing."""
 
     async def close(self) -> None:
         """Give up whatever is still out."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mycel.engines.engine import Arrival, Request
+from mycel.engines.engine import Arrival, Pending, Request
 from mycel.engines.pool import Reply
 from mycel.fleet.clock import VirtualLoop, until
 from mycel.fleet.device import Fleet
@@ -46,6 +46,7 @@ class InProcessEngine:
     arm: str
     seed: int
     kept: dict[int, bytes] = field(default_factory=dict)
+    _pending: dict[int, Pending] = field(default_factory=dict)
     _lives: set[asyncio.Task[None]] = field(default_factory=set)
     _arrived: list[tuple[float, int, int, Arrival, bytes]] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,12 +61,14 @@ class InProcessEngine:
         link, size = self.fleet[request.node].link, len(request.frame)
         return link.down_seconds(size) + request.seconds + link.up_seconds(size)
 
-    def ask(self, request: Request) -> None:
+    def ask(self, request: Request, home: bytes | None = None) -> None:
         """Begin the life of a request, unless the device is one whose answer will vanish."""
         luck = random.Random(f"{self.seed}/{request.node}/{request.generation}").random()
         if luck >= self.fleet[request.node].reliability:
             return
-        work = self.labour.submit(self.arm, request.node, request.frame, self.kept.get(request.node, b""))
+        start = self.kept.get(request.node, b"") if home is None else home
+        self._pending[request.generation] = Pending(request, start)
+        work = self.labour.submit(self.arm, request.node, request.frame, start)
         life = _loop().create_task(self._live(request, work))
         self._lives.add(life)
         life.add_done_callback(self._lives.discard)
@@ -103,6 +106,7 @@ class InProcessEngine:
         await asyncio.sleep(SETTLE)
         self._raise_failures()
         *_, arrival, home = heapq.heappop(self._arrived)
+        self._pending.pop(arrival.generation, None)
         if home and not arrival.refusal:
             self.kept[arrival.node] = home
         return arrival
@@ -123,6 +127,10 @@ class InProcessEngine:
     def homes(self) -> Mapping[int, bytes]:
         """What the simulated parties keep at home."""
         return self.kept
+
+    def pending(self) -> Sequence[Pending]:
+        """Requests on their way, answers that wait to be fetched included, in the order of asking."""
+        return list(self._pending.values())
 
     async def close(self) -> None:
         """Cancel whatever is still out."""

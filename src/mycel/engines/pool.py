@@ -49,6 +49,10 @@ def _reply(host: Host, arm: str, node: int, frame: bytes, home: bytes) -> Reply:
         return Reply(b"", b"", str(error) or type(error).__name__)
 
 
+def _failed(node: int, trace: str) -> str:
+    return f"the work of node {node} failed:\n{trace}"
+
+
 class Inline:
     """Does the work in this process, at once."""
 
@@ -62,7 +66,10 @@ class Inline:
     def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
         """Do the work now and return a finished future."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        future.set_result(_reply(self._host, arm, node, frame, home))
+        try:
+            future.set_result(_reply(self._host, arm, node, frame, home))
+        except Exception as error:
+            raise EngineError(_failed(node, traceback.format_exc())) from error
         return future
 
     def close(self) -> None:
@@ -94,6 +101,7 @@ class WorkerPool:
         self._context.set_forkserver_preload([preload])
         self._make_host = make_host
         self._jobs: dict[str, str] = {}
+        self._closed = False
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._all = [self._start() for _ in range(count)]
         for worker in self._all:
@@ -133,8 +141,11 @@ class WorkerPool:
             self._idle.put(worker)
 
     def _replace(self, worker: _Worker) -> _Worker:
+        if self._closed:
+            raise EngineError("the workers were ended while there was work to do")
         worker.connection.close()
         worker.process.kill()
+        worker.process.join()
         fresh = self._start()
         self._all[self._all.index(worker)] = fresh
         return fresh
@@ -147,14 +158,18 @@ class WorkerPool:
         reply = Reply(worker.connection.recv_bytes(), worker.connection.recv_bytes(), verdict["refusal"])
         worker.opened.add(arm)
         if verdict["crash"]:
-            raise EngineError(f"the work of node {node} failed:\n{verdict['crash']}")
+            raise EngineError(_failed(node, verdict["crash"]))
         return reply
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker; work that is still going on fails. Closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for worker in self._all:
             worker.process.terminate()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        # A thread whose worker has gone is done at once; only then is no one left who reads the connections.
+        self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._all:
             worker.process.join()
             worker.connection.close()

@@ -39,6 +39,11 @@ def weighted_mean(states: Sequence[Tensors], weights: Sequence[float]) -> Tensor
     return mean
 
 
+def discount(staleness: int, exponent: float) -> float:
+    """Factor ``(1 + staleness)^-exponent`` of an answer to a brief that is ``staleness`` versions old."""
+    return float((1 + staleness) ** -exponent)
+
+
 def norm(tensors: Tensors) -> float:
     """Euclidean norm over all tensors together."""
     return float(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mycel.engines.engine import Arrival, Engine, Request
 from mycel.errors import EngineError, ParcelError
 from mycel.evaluate.metrics import Scores
+from mycel.rounds.algebra import discount
 from mycel.rounds.deadline import Deadlines
 from mycel.rounds.pace import Pace, View
 from mycel.rounds.site import limits
@@ -63,7 +64,8 @@ class Coordinator:
     Parameters
     ----------
     checkpoint : callable
-        Called after every round, when ``progress`` and ``leases`` are consistent.
+        Called after every round, when ``progress`` and ``leases`` are consistent; ``latest`` then holds the answers
+        that made the round.
     """
 
     world: World
@@ -76,6 +78,7 @@ class Coordinator:
     meter: Meter = field(default_factory=Meter)
     leases: dict[int, Lease] = field(default_factory=dict)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    latest: list[Answer] = field(default_factory=list)
     _arrived: dict[int, Answer] = field(default_factory=dict)
     _refused: Counter[int] = field(default_factory=Counter)
 
@@ -136,7 +139,8 @@ class Coordinator:
         return tuple(sorted(random.Random(self.world.seed("cohort", self.progress.version)).sample(nodes, size)))
 
     def _brief(self, node: int) -> Parcel:
-        brief = self.system.brief(self.progress.state, node)
+        state = self.progress.state
+        brief = self.system.abridge(self.system.brief(state, node), state, node)
         every = self.world.recipe.rounds.evaluate_every
         header = {**brief.header, "version": self.progress.version}
         if self.progress.version % every == 0:
@@ -192,16 +196,19 @@ class Coordinator:
         check_answer(self.system, parcel)
         if lease.expects is not None:
             check_shapes(group(parcel.tensors, "update"), lease.expects)
+        if lease.kind == "work":
+            self.system.check(parcel)
+            self.system.inspect(self.progress.state, arrival.node, parcel)
         scores = parcel.header.get("scores")
         if scores:
             self.progress.scores.setdefault(lease.version, {})[arrival.node] = scores
         staleness = self.progress.version - lease.version
         samples = int(parcel.header.get("samples", 0))
-        return Answer(arrival.node, parcel, samples, staleness, samples * (1 + staleness) ** -rounds.staleness)
+        return Answer(arrival.node, parcel, samples, staleness, samples * discount(staleness, rounds.staleness))
 
     def _combine(self) -> None:
         done = self.progress
-        answers = [self._arrived[node] for node in sorted(self._arrived)]
+        self.latest = answers = [self._arrived[node] for node in sorted(self._arrived)]
         done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         if not self.pace.keeps:
             for node in list(self.leases):

@@ -14,6 +14,7 @@ from mycel.data.tokens import TokenStore
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
+from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.probe import probe_all
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
 from mycel.rounds.world import World
@@ -72,11 +73,20 @@ class Laboratory:
         self._count += 1
         return self.place.open(f"claim-{self._count}", recipe, base, self._tokens(recipe, base), pooled)
 
-    def run(self, recipe: Recipe, start: Tensors | None = None, pooled: bool = False) -> Finished:
-        """Run ``recipe`` to its end, from ``start`` if given; ``pooled`` gives one party all the data."""
+    def run(
+        self,
+        recipe: Recipe,
+        start: Tensors | None = None,
+        pooled: bool = False,
+        watch: Callable[[Coordinator], None] = lambda coordinator: None,
+    ) -> Finished:
+        """Run ``recipe`` to its end, from ``start`` if given; ``pooled`` gives one party all the data.
+
+        ``watch`` is called before the first round, after each, and after the result was delivered.
+        """
         world = self.world(recipe, pooled)
         world.start = start
-        return Simulation(f"claim-{self._count}", world, self.place.labour).run()
+        return Simulation(f"claim-{self._count}", world, self.place.labour, checkpoint=watch).run()
 
     def mixture(self, finished: Finished) -> float:
         """Mean, over the models that a run made, of the loss on all parties' held-out examples together."""

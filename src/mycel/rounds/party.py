@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mycel.data.tokens import Batch, TokenTable, batches
 from mycel.recipe.schema import Recipe
@@ -80,18 +81,31 @@ class Party:
         )
 
     def train(
-        self, trainable: Trainable, steps: int | None = None, correct: Correction | None = None
+        self,
+        trainable: Trainable,
+        steps: int | None = None,
+        correct: Correction | None = None,
+        only: Collection[str] | None = None,
+        after: Correction | None = None,
     ) -> TrainingResult:
-        """Train ``trainable`` in place on this party's examples, with the recipe's optimiser."""
-        with trainable.active():
+        """Train ``trainable`` in place on this party's examples, with the recipe's optimiser.
+
+        ``only`` names the parameters that move; the others need no gradient and no optimiser state.
+        """
+        with trainable.active(), free(trainable.parameters(), only) as parameters:
             return train(
                 self.base.model,
-                trainable.parameters(),
+                parameters,
                 self.batches(steps),
                 self.recipe.training,
                 self.seed,
                 correct,
+                after,
             )
+
+    def initial(self, trainable: Trainable) -> Tensors:
+        """Return where training begins, which every node makes for itself from the recipe."""
+        return initial_state(self.recipe, trainable)
 
     @property
     def pad_id(self) -> int:
@@ -104,6 +118,26 @@ class Party:
         for role, group in others.items():
             tensors |= with_role(role, group)
         return Parcel("answer", {"samples": self.samples, "loss": loss}, tensors)
+
+
+def initial_state(recipe: Recipe, trainable: Trainable) -> Tensors:
+    """Return the state that training begins from: the same at the coordinator and at every party."""
+    return trainable.initial(seed_of(recipe.seed, "coordinator", "initial"))
+
+
+@contextmanager
+def free(
+    parameters: Mapping[str, nn.Parameter], only: Collection[str] | None
+) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Hold every parameter still that ``only`` does not name, and yield the others; None names all."""
+    held = [parameter for name, parameter in parameters.items() if only is not None and name not in only]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield {name: parameter for name, parameter in parameters.items() if only is None or name in only}
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def rank_of(recipe: Recipe, node: int) -> int | None:

@@ -39,12 +39,13 @@ class Probes:
 def probe_all(finished: Mapping[str, Finished], labour: Labour) -> Probes:
     """Score the final model of every node of every arm, and the system's starting point, on every party's examples."""
     parties = len(finished["system"].world.nodes)
-    frames: dict[tuple[str, int], tuple[str, int, bytes]] = {}
+    frames: dict[tuple[str, int], tuple[str, int, bytes, bytes]] = {}
     for name, arm in finished.items():
         for node in range(len(arm.world.nodes)):
-            frames[name, node] = (arm.arm, node, _frame(arm, arm.state, node, parties))
+            home = arm.homes.get(node, b"")
+            frames[name, node] = (arm.arm, node, _frame(arm, arm.state, node, parties), home)
     start = finished["system"]
-    frames["base", 0] = (start.arm, 0, _frame(start, start.system.begin(start.world), 0, parties))
+    frames["base", 0] = (start.arm, 0, _frame(start, start.system.begin(start.world), 0, parties), b"")
     replies = asyncio.run(_ask(list(frames.values()), labour))
     probes = Probes()
     for (name, node), scores in zip(frames, replies, strict=True):
@@ -58,18 +59,18 @@ def _frame(arm: Finished, state: State, node: int, parties: int) -> bytes:
     return Parcel("deliver", header, brief.tensors).to_bytes()
 
 
-async def _ask(requests: list[tuple[str, int, bytes]], labour: Labour) -> list[list[Scores]]:
-    """Put each distinct question once: nodes of a shared state have the same model."""
+async def _ask(requests: list[tuple[str, int, bytes, bytes]], labour: Labour) -> list[list[Scores]]:
+    """Put each distinct question once: nodes of a shared state that keep nothing at home have the same model."""
     asked: dict[str, asyncio.Future[list[Scores]]] = {}
 
-    async def one(arm: str, node: int, frame: bytes) -> list[Scores]:
-        reply = await labour.submit(arm, node, frame, b"")
+    async def one(arm: str, node: int, frame: bytes, home: bytes) -> list[Scores]:
+        reply = await labour.submit(arm, node, frame, home)
         if reply.refusal:
             raise EngineError(f"the final model of node {node} in the arm {arm!r} cannot be scored: {reply.refusal}")
         numbers = Parcel.from_bytes(reply.frame).header["scores"]
         return [Scores(*numbers[start : start + 3]) for start in range(0, len(numbers), 3)]
 
-    keys = [hashlib.sha256(frame).hexdigest() + arm for arm, _, frame in requests]
+    keys = [hashlib.sha256(frame).hexdigest() + hashlib.sha256(home).hexdigest() + arm for arm, _, frame, home in requests]
     for key, request in zip(keys, requests, strict=True):
         if key not in asked:
             asked[key] = asyncio.ensure_future(one(*request))

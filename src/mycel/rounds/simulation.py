@@ -30,7 +30,7 @@ Workers = Inline | WorkerPool
 
 @dataclass(frozen=True)
 class Finished:
-    """A simulation that has come to its end."""
+    """A simulation that has come to its end; ``homes`` is what its parties keep, as frames."""
 
     arm: str
     world: World
@@ -38,6 +38,7 @@ class Finished:
     progress: Progress
     meter: Meter
     virtual_seconds: float
+    homes: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
     def state(self) -> State:
@@ -92,7 +93,15 @@ class Simulation:
             await coordinator.run()
         finally:
             await engine.close()
-        return Finished(self.arm, self.world, coordinator.system, coordinator.progress, coordinator.meter, engine.now())
+        return Finished(
+            self.arm,
+            self.world,
+            coordinator.system,
+            coordinator.progress,
+            coordinator.meter,
+            engine.now(),
+            dict(engine.homes()),
+        )
 
 
 @dataclass

@@ -74,9 +74,11 @@ class Site:
     @cached_property
     def base(self) -> Base:
         """The frozen base."""
-        if self.job.base not in self.bases:
-            self.bases[self.job.base] = open_base(Path(self.job.base))
-        return self.bases[self.job.base]
+        adapter = self.job.recipe.model.adapter
+        key = f"{self.job.base}:{adapter}" if adapter else self.job.base
+        if key not in self.bases:
+            self.bases[key] = open_base(Path(self.job.base), adapter)
+        return self.bases[key]
 
     @cached_property
     def store(self) -> TokenStore:

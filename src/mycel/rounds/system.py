@@ -151,6 +151,10 @@ class System:
         except ValidationError as error:
             raise explain(error, self.Knobs, where=f"knobs of the system {recipe.system!r}") from error
 
+    def bases(self) -> tuple[str, ...]:
+        """Which bases does the coordinator need besides the recipe's? They are made or fetched before the run."""
+        return ()
+
     def begin(self, world: World) -> State:
         """What is there before the first round?"""
         raise NotImplementedError
@@ -158,6 +162,10 @@ class System:
     def brief(self, state: State, node: int) -> Parcel:
         """What must this node be told?"""
         raise NotImplementedError
+
+    def abridge(self, brief: Parcel, state: State, node: int) -> Parcel:
+        """What of the brief must travel, given what the node keeps at home? Everything, unless a system knows better."""
+        return brief
 
     def adopt(self, brief: Parcel, party: Party) -> Trainable:
         """Become the model that the brief describes, at the party or at the coordinator."""
@@ -167,9 +175,15 @@ class System:
         """Names and shapes of the update that answers ``brief``; None when the system checks them itself."""
         return {name: tuple(tensor.shape) for name, tensor in group(brief.tensors, "shared").items()}
 
+    def inspect(self, state: State, node: int, answer: Parcel) -> None:
+        """Raise ``ParcelError`` for an answer whose values cannot be combined although names and shapes may fit."""
+
     def work(self, brief: Parcel, party: Party) -> Parcel:
         """What does the party do at home, and what may leave?"""
         raise NotImplementedError
+
+    def check(self, answer: Parcel) -> None:
+        """Refuse, with a ``ParcelError``, an answer whose values cannot be meant; shapes are checked before."""
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """What do the answers make together? Must not depend on their order."""

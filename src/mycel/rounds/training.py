@@ -31,13 +31,16 @@ def train(
     training: Training,
     seed: int,
     correct: Correction | None = None,
+    after: Correction | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place, one optimiser step per batch.
 
     Parameters
     ----------
     correct : callable, optional
-        Called after each gradient and before clipping; may change ``.grad`` (proximal terms, control variates).
+        Called after each gradient and before clipping; may change ``.grad`` (proximal terms).
+    after : callable, optional
+        Called after each step of the optimiser; may change the parameters themselves (control variates).
     """
     source = gradient_source(training)
     optimizer = make_optimizer(parameters, training)
@@ -51,6 +54,8 @@ def train(
         if training.clip_norm:
             nn.utils.clip_grad_norm_(parameters.values(), training.clip_norm)
         optimizer.step()
+        if after is not None:
+            after(parameters)
         tokens += batch.tokens()
     return TrainingResult(sum(losses) / max(len(losses), 1), len(losses), tokens)
 

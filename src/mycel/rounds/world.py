@@ -11,7 +11,7 @@ from mycel.models.base import Base
 from mycel.models.trainable import Trainable
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
-from mycel.rounds.party import Party, rank_of
+from mycel.rounds.party import Party, initial_state, rank_of
 from mycel.rounds.site import Site
 from mycel.wire.parcel import Tensors
 
@@ -65,7 +65,7 @@ class World:
 
     def starting_state(self) -> Tensors:
         """Return where training begins: a given state, or the trainable's initial one."""
-        return self.start or self.trainable().initial(self.seed("initial"))
+        return self.start or initial_state(self.recipe, self.trainable())
 
     def observer(self, node: int = -1, version: int = 0) -> Party:
         """Return a party without examples, through which the coordinator can adopt a brief itself."""

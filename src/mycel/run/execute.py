@@ -26,7 +26,6 @@ from mycel.report import write_report
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.probe import Probes, probe_all
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
-from mycel.rounds.system import group
 from mycel.rounds.world import World
 from mycel.run.arms import Arm, arms_of
 from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint
@@ -76,6 +75,8 @@ class Execution:
         self.log = EventLog(self.folder.events, self.watcher.event)
         try:
             base = find_base(self.recipe.model.base, self.watcher.phase)
+            for name in load_system(self.recipe).bases():
+                find_base(name, self.watcher.phase)
             self._write_tokens(base)
             with workplace(self.recipe.engine.workers) as place:
                 finished = self._run_arms(place, base)
@@ -129,7 +130,9 @@ class Execution:
         for arm in arms:
             if arm.after:
                 before = finished[arm.after]
-                worlds[arm.name].start = group(before.system.brief(before.state, -1).tensors, "shared")
+                observer = before.world.observer(-1, before.progress.version)
+                adopted = before.system.adopt(before.system.brief(before.state, -1), observer)
+                worlds[arm.name].start = adopted.state()
                 finished[arm.name] = self._run_arm(arm, worlds[arm.name], place.labour)
         return finished
 

@@ -79,7 +79,9 @@ def make_plan(recipe: Recipe) -> Forecast:
     world = World(recipe, fleet, [_node(recipe, index, party) for index, party in enumerate(parties)], site)
     world.prepare()
     state = site.system.begin(world)
-    plans = [_party(world, fleet, node, site.system.brief(state, node.index), site) for node in world.nodes]
+    briefs = [site.system.brief(state, node.index) for node in world.nodes]
+    briefs = [site.system.abridge(brief, state, node) for node, brief in enumerate(briefs)]
+    plans = [_party(world, fleet, node, brief, site) for node, brief in zip(world.nodes, briefs, strict=True)]
     share = max(1, round(recipe.rounds.cohort * len(plans)))
     down = sum(plan.bytes_down for plan in plans) * share // len(plans)
     ups = [plan.bytes_up for plan in plans if plan.bytes_up is not None]

@@ -1,0 +1,44 @@
+"""FedBuff: nobody waits for the slowest; whenever K changes have arrived, they are applied and stale ones shortened.
+
+Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation". The buffer is the recipe's
+``rounds.pace = "buffered(K)"``, its exponent the recipe's ``rounds.staleness`` (1/2 in the paper).
+
+    party k:      trains from w_t, whatever version is the newest when it is asked; d_k = w_k - w_t
+    coordinator:  at version s with K changes:  w_{s+1} = w_s + server_rate / K * sum_k (1 + s - t_k)^-exponent d_k
+
+A stale change is shortened, not merely weighed less than fresher ones as in federated averaging under the same pace,
+and parties count alike. Under the synchronous pace nothing is stale, and the rule is federated averaging with equal
+weights. A party whose change waits in the buffer is asked anew when the buffer is emptied; the paper puts another
+client in its place at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from mycel.finetune.fedavg import FedAvg
+from mycel.rounds.algebra import add, discount
+from mycel.rounds.laboratory import Measured
+from mycel.rounds.system import Answer, Outcome, State
+
+if TYPE_CHECKING:
+    from mycel.rounds.coordinator import Coordinator
+    from mycel.rounds.laboratory import Laboratory
+
+
+class FedBuff(FedAvg):
+    """Buffered asynchronous aggregation."""
+
+    paces = ("buffered", "synchronous")
+
+    def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
+        """Add up the changes, each shortened by its staleness, over their number."""
+        total = {name: torch.zeros_like(tensor) for name, tensor in state.shared.items()}
+        for answer in answers:
+            share = discount(answer.staleness, self.recipe.rounds.staleness) / len(answers)
+            total = add(total, self.padded(answer.tensors(), state.shared), share)
+        return Outcome(shared=total)

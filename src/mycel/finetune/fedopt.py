@@ -1,0 +1,124 @@
+"""Server optimisers: the parties' mean change is a pseudo-gradient, and the coordinator steps along it with a rule.
+
+Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
+(FedAvgM); Reddi et al. 2021, "Adaptive Federated Optimization" (FedAdagrad, FedYogi, FedAdam); in the forms of Ye et
+al. 2024, "OpenFedLLM" (catalogue number 21). With D_t the mean change, and D_t^2, sqrt and / entry by entry:
+
+    FedAvgM      v_1 = D_1;  v_t = b1 v_{t-1} + (1 - b1) D_t;  w += rate * v_t        D_t weighed by sample count
+    FedAdagrad   m_t = D_t;                          u += m_t^2
+    FedYogi      m_1 = D_1; m_t as v_t above;        u -= (1 - b2) m_t^2 sign(u - m_t^2)
+    FedAdam      m_1 = D_1; m_t as v_t above;        u  = b2 u + (1 - b2) m_t^2
+                 these three: u_0 = tau^2,  w += rate * m_t / (sqrt(u) + tau)         D_t counts parties alike
+
+The first mean is not shortened by ``1 - b1``, and u is fed by the smoothed m_t, where Reddi's published algorithm
+takes D_t: both as in OpenFedLLM. FedAvgM with ``momentum = 0`` is federated averaging. An adaptive rule moves each
+entry by about ``rate`` however small its change, so ``rate`` is a length, unlike FedAvg's ``server_rate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
+from mycel.rounds.algebra import add, discount, scale, weighted_mean
+from mycel.rounds.laboratory import Measured
+from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.wire.parcel import Tensors
+
+if TYPE_CHECKING:
+    from mycel.rounds.laboratory import Laboratory
+
+
+class FedAvgMKnobs(FedAvgKnobs):
+    """Settings of FedAvgM."""
+
+    momentum: float = Field(0.9, ge=0, lt=1, description="b1, share of the old velocity that is kept")
+
+
+class FedAvgM(FedAvg):
+    """Federated averaging along a running mean of the rounds' changes."""
+
+    Knobs = FedAvgMKnobs
+
+    def step(self, state: State, outcome: Outcome) -> State:
+        """Move along the velocity."""
+        velocity = smoothed(state.server, outcome.shared, self.knobs.momentum)
+        return super().step(state, Outcome(shared=velocity)).but(server=velocity)
+
+
+class AdagradKnobs(Knobs):
+    """Settings of FedAdagrad."""
+
+    server_rate: float = Field(1e-3, gt=0, description="eta, how far an entry moves at most in a round")
+    tau: float = Field(1e-3, gt=0, description="size of a change below which steps are shortened")
+
+
+class MomentKnobs(AdagradKnobs):
+    """Settings of FedYogi and FedAdam."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="share of the old mean change that is kept")
+    beta2: float = Field(0.99, ge=0, lt=1, description="share of the old mean square that is kept")
+
+
+class FedAdagrad(FedAvg):
+    """Steps shortened, entry by entry, by all that an entry has ever moved."""
+
+    Knobs: type[Knobs] = AdagradKnobs
+
+    def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
+        """Average the changes with one weight for all; only staleness discounts."""
+        updates = [self.padded(answer.tensors(), state.shared) for answer in answers]
+        weights = [discount(answer.staleness, self.recipe.rounds.staleness) for answer in answers]
+        return Outcome(shared=weighted_mean(updates, weights))
+
+    def step(self, state: State, outcome: Outcome) -> State:
+        """Move each entry by its mean change over the root of its mean square."""
+        mean = self.mean(group(state.server, "mean"), outcome.shared)
+        square = group(state.server, "square")
+        moved, squares = {}, {}
+        for name, change in mean.items():
+            before = square[name] if square else torch.full_like(change, self.knobs.tau**2)
+            squares[name] = self.accumulated(before, change.square())
+            moved[name] = change / (squares[name].sqrt() + self.knobs.tau)
+        server = with_role("mean", mean) | with_role("square", squares)
+        return state.but(shared=add(state.shared, moved, self.knobs.server_rate), server=server)
+
+    def mean(self, before: Tensors, change: Tensors) -> Tensors:
+        """Return the direction; here the round's own."""
+        return change
+
+    def accumulated(self, before: Tensor, square: Tensor) -> Tensor:
+        """Return the mean square after a round; here the sum of all."""
+        return before + square
+
+
+class FedAdam(FedAdagrad):
+    """Running means of the change and of its square."""
+
+    Knobs = MomentKnobs
+
+    def mean(self, before: Tensors, change: Tensors) -> Tensors:
+        """Return the running mean of the changes."""
+        return smoothed(before, change, self.knobs.beta1)
+
+    def accumulated(self, before: Tensor, square: Tensor) -> Tensor:
+        """Forget the old square by a constant share."""
+        return torch.lerp(square, before, self.knobs.beta2)
+
+
+class FedYogi(FedAdam):
+    """As FedAdam, but the mean square moves by no more than the new square, and so forgets slowly."""
+
+    def accumulated(self, before: Tensor, square: Tensor) -> Tensor:
+        """Move the old square towards the new one by a share of the new one."""
+        return before - (1 - self.knobs.beta2) * square * torch.sign(before - square)
+
+
+def smoothed(before: Tensors, change: Tensors, kept: float) -> Tensors:
+    """Running mean that begins with the first change as it is."""
+    return add(scale(before, kept), change, 1 - kept) if before else change

@@ -1,0 +1,67 @@
+"""How much memory a piece of work takes beyond what was there: the bytes of the tensors that it makes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Footprint(TorchDispatchMode):
+    """Counts, inside the block, every tensor that an operation makes until its memory is given back.
+
+    Attributes
+    ----------
+    peak : int
+        Most bytes alive at once; workspaces within one operation are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry out the operation and count what came out of it."""
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(_address(tensor), 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._count(tensor)
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage, address = tensor.untyped_storage(), _address(tensor)
+        if address not in self._known:
+            self._known[address] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        self._now -= self._known.pop(address, 0)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most bytes that tensors made by ``work`` hold at once."""
+    with Footprint() as footprint:
+        work()
+    return footprint.peak
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for part in tree:
+            yield from _tensors(part)
