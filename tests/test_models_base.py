@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ CORPUS = Corpus(
     [f"def add_{index}(left, right):\n    return left + right + {index}\n" for index in range(200)],
     [Example(f"What does add_{index} do?\n", f"It adds {index} to a sum.") for index in range(40)],
 )
-SHORT = Size("short", "llama", hidden=16, layers=1, heads=2, intermediate=24, steps=12, batch_size=8, window=32)
-SHORT_T5 = Size("short-t5", "t5", hidden=16, layers=1, heads=2, intermediate=24, steps=12, batch_size=8, window=32)
+SHAPE: dict[str, Any] = {"hidden": 16, "layers": 1, "heads": 2, "intermediate": 24, "steps": 12}
+SHORT = Size("short", "llama", learning_rate=4e-3, batch_size=8, window=32, **SHAPE)
+SHORT_T5 = Size("short-t5", "t5", learning_rate=4e-3, batch_size=8, window=32, **SHAPE)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,9 @@ class Inline:
         try:
             future.set_result(_reply(self._host, arm, node, frame, home))
         except Exception as error:
-            raise EngineError(_failed(node, traceback.format_exc())) from error
+            failure = EngineError(_failed(node, traceback.format_exc()))
+            failure.__cause__ = error
+            future.set_exception(failure)
         return future
 
     def close(self) -> None:
@@ -102,6 +105,7 @@ class WorkerPool:
         self._make_host = make_host
         self._jobs: dict[str, str] = {}
         self._closed = False
+        self._changing = threading.Lock()
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._all = [self._start() for _ in range(count)]
         for worker in self._all:
@@ -141,13 +145,14 @@ class WorkerPool:
             self._idle.put(worker)
 
     def _replace(self, worker: _Worker) -> _Worker:
-        if self._closed:
-            raise EngineError("the workers were ended while there was work to do")
-        worker.connection.close()
-        worker.process.kill()
-        worker.process.join()
-        fresh = self._start()
-        self._all[self._all.index(worker)] = fresh
+        with self._changing:
+            if self._closed:
+                raise EngineError("the workers were ended while there was work to do")
+            worker.connection.close()
+            worker.process.kill()
+            worker.process.join()
+            fresh = self._start()
+            self._all[self._all.index(worker)] = fresh
         return fresh
 
     def _exchange(self, worker: _Worker, arm: str, node: int, frame: bytes, home: bytes) -> Reply:
@@ -163,11 +168,12 @@ class WorkerPool:
 
     def close(self) -> None:
         """End every worker; work that is still going on fails. Closing again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        for worker in self._all:
-            worker.process.terminate()
+        with self._changing:
+            if self._closed:
+                return
+            self._closed = True
+            for worker in self._all:
+                worker.process.terminate()
         # A thread whose worker has gone is done at once; only then is no one left who reads the connections.
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._all:
@@ -195,6 +201,8 @@ def _serve(connection: Connection, make_host: Callable[[], Host]) -> None:
             reply = _reply(host, control["arm"], control["node"], frame, home)
         except Exception:
             crash = traceback.format_exc()
-        connection.send_bytes(json.dumps({"refusal": reply.refusal, "crash": crash}).encode())
-        connection.send_bytes(reply.frame)
-        connection.send_bytes(reply.home)
+        try:
+            for part in (json.dumps({"refusal": reply.refusal, "crash": crash}).encode(), reply.frame, reply.home):
+                connection.send_bytes(part)
+        except OSError:  # whoever asked has gone
+            return

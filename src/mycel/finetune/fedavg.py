@@ -13,7 +13,7 @@ rows and columns of the shared factors, and their changes are padded with zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ class FedAvgKnobs(Knobs):
 class FedAvg(System):
     """Federated averaging over any trainable; the plain system that the others vary."""
 
-    Knobs = FedAvgKnobs
+    Knobs: ClassVar[type[Knobs]] = FedAvgKnobs
 
     def begin(self, world: World) -> State:
         """Start from the trainable's initial state, or from the adapter that the recipe names."""

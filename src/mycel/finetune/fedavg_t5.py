@@ -23,18 +23,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mycel.errors import ModelError, RecipeError
+from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.models.sizes import SIZES
 from mycel.models.trainable import build_trainable
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import State
 from mycel.rounds.training import batch_loss, make_optimizer
 
 if TYPE_CHECKING:
     from mycel.recipe.schema import Recipe
     from mycel.rounds.laboratory import Laboratory
-    from mycel.rounds.world import World
     from mycel.wire.parcel import Tensors
 
 T5 = {
@@ -51,29 +49,21 @@ class FedAvgT5(FedAvg):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        # A base that is not built in is known once it is open; its kind must then agree with the objective.
         size = SIZES.get(recipe.model.base)
         if size is not None and size.family != "t5":
-            raise RecipeError(decoder_only(recipe.model.base))
+            raise RecipeError(
+                f"model.base is {recipe.model.base!r}, which is decoder-only; the system 'fedlora_t5' needs an"
+                " encoder-decoder, such as 'tiny-t5' or a T5 model; for this one the system is 'fedavg'"
+            )
         for key, found, needed in (
             ("training.objective", recipe.training.objective, "seq2seq"),
             ("trainable.kind", recipe.trainable.kind, "lora"),
         ):
             if found != needed:
-                raise RecipeError(f"{key} is {found!r}; the system 'fedlora_t5' needs {needed!r}")
-
-    def begin(self, world: World) -> State:
-        """Start as FedAvg does, from a base that reads with an encoder and writes with a decoder."""
-        if not world.base.model.config.is_encoder_decoder:
-            raise ModelError(decoder_only(self.recipe.model.base))
-        return super().begin(world)
-
-
-def decoder_only(base: str) -> str:
-    """Say why a base is refused, and which would do."""
-    return (
-        f"model.base is {base!r}, which is decoder-only; the system 'fedlora_t5' needs an encoder-decoder,"
-        " such as 'tiny-t5' or a T5 model; for this one the system is 'fedavg'"
-    )
+                raise RecipeError(
+                    f"{key} is {found!r}; 'fedlora_t5' tunes encoder-decoders with LoRA: set it to {needed!r}"
+                )
 
 
 def centralised(lab: Laboratory, recipe: Recipe) -> Tensors:

@@ -32,7 +32,7 @@ from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.rounds.gradients import two_point, walk
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.replay import draws, pool_of, replay, require_forward_passes, require_one_rank
+from mycel.rounds.replay import draws, pool_of, replay, require_forward_passes, require_shared_directions
 from mycel.rounds.system import Answer, Outcome, State, group, with_role
 from mycel.rounds.training import batch_loss
 from mycel.wire.parcel import Parcel
@@ -69,7 +69,7 @@ class FedKSeed(FedAvg):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         require_forward_passes(recipe, plain=True)
-        require_one_rank(recipe)
+        require_shared_directions(recipe)
 
     @cached_property
     def pool(self) -> list[int]:
@@ -147,7 +147,11 @@ def claim(lab: Laboratory) -> Measured:
     """Bytes per party and round, the same at two model sizes; the party's rebuilt model; what tuning gains."""
     sizes = {name: lab.run(_recipe(lab, name, {"rounds.evaluate_every": 2})) for name in ("micro", "tiny")}
     traffic = {name: round_bytes(run) for name, run in sizes.items()}
-    tuned = lab.run(_recipe(lab, "micro", {"rounds.count": 4, "training.batch_size": 8, "data.count": 6, "data.parties": "by-domain"}))
+    tuned = lab.run(
+        _recipe(
+            lab, "micro", {"rounds.count": 4, "training.batch_size": 8, "data.count": 6, "data.parties": "by-domain"}
+        )
+    )
     losses = [tuned.loss(0), tuned.loss()]
     equal = rebuilt_alike(tuned)
     most = max(map(max, traffic.values()))

@@ -22,14 +22,17 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import Field
 
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
-from mycel.rounds.algebra import norm, subtract
+from mycel.rounds.algebra import norm, subtract, weighted_mean
 from mycel.rounds.footprint import peak_bytes
+from mycel.rounds.gradients import backpropagation, two_point, walk
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.replay import require_forward_passes
 from mycel.rounds.system import Answer, Outcome, State
+from mycel.rounds.training import batch_loss
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:
@@ -97,7 +100,7 @@ class FedMeZO(FedAvg):
 def differences(changes: dict[int, Tensors]) -> dict[int, float]:
     """Return each party's distance from the mean change: Frobenius norms, summed over tensors."""
     order = sorted(changes)
-    mean = {name: sum(changes[node][name] for node in order) / len(order) for name in changes[order[0]]}
+    mean = weighted_mean([changes[node] for node in order], [1.0] * len(order))
     return {
         node: sum(norm({name: difference}) for name, difference in subtract(changes[node], mean).items())
         for node in order
@@ -109,3 +112,49 @@ def deviations(signals: dict[int, float]) -> dict[str, float]:
     mean = fmean(signals.values()) if signals else 0.0
     largest = max((abs(signal - mean) for signal in signals.values()), default=0.0)
     return {str(node): (signal - mean) / largest if largest else 0.0 for node, signal in sorted(signals.items())}
+
+
+def claim(lab: Laboratory) -> Measured:
+    """Loss against first-order FedAvg at one learning rate, personal rates, and the memory of a step."""
+    plain = {"training.optimizer": "sgd", "training.clip_norm": 0.0, "training.learning_rate": 0.01}
+    small = {"model.base": "micro", "rounds.count": 4, "rounds.local_steps": 30, "training.batch_size": 4}
+    forward = {"training.gradient": "zeroth-order"}
+    first = lab.run(lab.recipe("fedavg", {**plain, **small}))
+    alike = lab.run(lab.recipe("fedmezo", {**plain, **small, **forward, "knobs": {"signal": "none"}}))
+    personal = lab.run(lab.recipe("fedmezo", {**plain, **small, **forward}))
+    estimated, exact, inference = step_bytes(lab, personal.world.recipe)
+    return Measured(
+        f"four rounds at one learning rate take the held-out loss from {first.loss(0):.3f} to {alike.loss():.3f}, and "
+        f"first-order FedAvg to {first.loss():.3f}; personal learning rates end at {personal.loss():.3f}; a step's "
+        f"peak is {estimated / inference:.2f} times inference, where back-propagation takes {exact / inference:.2f}",
+        alike.loss() < first.loss() and estimated < 1.1 * inference,
+        {
+            "fedmezo": alike.loss(),
+            "fedavg": first.loss(),
+            "personal": personal.loss(),
+            "memory": estimated / inference,
+            "memory_first_order": exact / inference,
+        },
+    )
+
+
+def step_bytes(lab: Laboratory, recipe: Recipe) -> tuple[int, int, int]:
+    """Return the peak bytes of a two-point step, of a first-order step and of one forward pass, weights aside."""
+    party = lab.world(recipe).site.party(0, 0)
+    trainable, batch = party.trainable(), next(party.batches(1))
+    parameters, model = trainable.parameters(), party.base.model
+    trainable.load(party.initial(trainable))
+
+    def estimate() -> None:
+        slope, _ = two_point(lambda: batch_loss(model, batch), parameters, 1, recipe.training.perturbation)
+        walk(parameters, 1, -recipe.training.learning_rate * slope)
+
+    def infer() -> None:
+        with torch.no_grad():
+            batch_loss(model, batch)
+
+    def descend() -> None:
+        backpropagation(lambda: batch_loss(model, batch), parameters, 0)
+
+    with trainable.active():
+        return peak_bytes(estimate), peak_bytes(descend), peak_bytes(infer)

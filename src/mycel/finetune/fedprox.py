@@ -11,8 +11,7 @@ With ``mu = 0`` this is federated averaging. Each local optimiser starts afresh 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -21,14 +20,12 @@ from pydantic import Field
 from torch import nn
 
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
-from mycel.rounds.algebra import cosine, norm
+from mycel.rounds.drift import Drift
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, group
+from mycel.rounds.system import group
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:
-    from mycel.recipe.schema import Recipe
-    from mycel.rounds.coordinator import Coordinator
     from mycel.rounds.laboratory import Laboratory
     from mycel.rounds.party import Party
     from mycel.rounds.training import Correction
@@ -56,3 +53,18 @@ class FedProx(FedAvg):
                 parameter.grad.add_(parameter - anchor[name], alpha=self.knobs.mu)
 
         return pull
+
+
+def claim(lab: Laboratory) -> Measured:
+    """Under the spring the changes of one round point closer the same way than FedAvg's, and are shorter."""
+    changes = {"rounds.count": 3, "rounds.local_steps": 8, "rounds.evaluate_every": 3}
+    free, tied = Drift(), Drift()
+    lab.run(lab.recipe("fedavg", changes), watch=free)
+    lab.run(lab.recipe("fedprox", changes), watch=tied)
+    gain = fmean(tied.agreements) - fmean(free.agreements)
+    return Measured(
+        f"mean cosine of parties' changes {fmean(tied.agreements):.3f} against FedAvg's {fmean(free.agreements):.3f}, "
+        f"their length {fmean(tied.lengths):.2f} against {fmean(free.lengths):.2f}",
+        gain > 0 and fmean(tied.lengths) < fmean(free.lengths),
+        {"gain": gain, "agreement": fmean(tied.agreements), "agreement_fedavg": fmean(free.agreements)},
+    )

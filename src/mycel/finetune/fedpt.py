@@ -19,7 +19,7 @@ weight of the two losses (so here: one each), and how long a distillation lasts 
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from mycel.rounds.laboratory import Laboratory
     from mycel.rounds.world import World
     from mycel.wire.parcel import Tensors
+
+
+everything_public = cache(public_examples)  # reading it takes seconds, and every run of a process shares it
 
 
 class FedPTKnobs(FedAvgKnobs):
@@ -103,7 +106,7 @@ class ProxyServer:
     @cached_property
     def public(self) -> TokenTable:
         """The public examples, drawn by the recipe's seed."""
-        every = public_examples()
+        every = everything_public()
         chosen = Random(seed_of(self.recipe.seed, "public")).sample(every, min(self.knobs.public_examples, len(every)))
         return TokenTable.from_examples(chosen, self.small.tokenizer, self.recipe.data.max_length)
 

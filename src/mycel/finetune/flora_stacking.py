@@ -123,7 +123,7 @@ class FloraStacking(FedAvg):
         for path in state.facts["shapes"]:
             stack[f"{path}.lora_A"] = torch.cat([weight * own[f"{path}.lora_A"] for weight, own in states])
             stack[f"{path}.lora_B"] = torch.cat([own[f"{path}.lora_B"] for _, own in states], dim=1)
-        return Outcome(shared=stack, facts={answer.node: answer.parcel.header["merged"] for answer in ordered})
+        return Outcome(shared=stack, facts={str(answer.node): answer.parcel.header["merged"] for answer in ordered})
 
     def step(self, state: State, outcome: Outcome) -> State:
         """Add the stack to the base's change and keep it for as long as it is cheaper to send than the change."""
@@ -136,7 +136,7 @@ class FloraStacking(FedAvg):
         room = sum(delta.numel() for delta in base.values())
         for number in range(merged, 0, -1):
             room -= sum(tensor.numel() for tensor in group(server, f"stack.{number}").values())
-            if number <= min(seen) or (room < 0 and number < merged):
+            if number <= min(seen) or room < 0:
                 server = {name: value for name, value in server.items() if not name.startswith(f"stack.{number}/")}
         return state.but(base=base, server=server, facts={**state.facts, "merged": merged, "seen": seen})
 
@@ -176,8 +176,8 @@ def claim(lab: Laboratory) -> Measured:
         gains.append(padded - stacked)
     text = ", ".join(f"{gain:.3f}" for gain in gains)
     return Measured(
-        f"aggregation error {errors['flora_stacking']:.1e} against {errors['fedavg']:.2f} with zero-padding; loss lower "
-        f"than zero-padding's by {text} nats (seeds 1, 2, 3)",
+        f"aggregation error {errors['flora_stacking']:.1e} against {errors['fedavg']:.2f} with zero-padding; loss "
+        f"lower than zero-padding's by {text} nats (seeds 1, 2, 3)",
         errors["flora_stacking"] < 1e-5 < 1e-2 < errors["fedavg"] and min(gains) > 0,
         {"error": errors["flora_stacking"], "padding_error": errors["fedavg"], "least_gain": min(gains)},
     )

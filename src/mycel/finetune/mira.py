@@ -19,11 +19,15 @@ Whether neighbours who did not take part in a round draw those who did could not
 
 from __future__ import annotations
 
+import json
+import random
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from mycel.data.library import private_examples
 from mycel.errors import RecipeError
 from mycel.finetune.local import Local
 from mycel.rounds.algebra import add, subtract
@@ -52,7 +56,7 @@ class Mira(Local):
         super().__init__(recipe)
         if isinstance(recipe.trainable.rank, list) and len(set(recipe.trainable.rank)) > 1:
             raise RecipeError(
-                f"trainable.rank is {recipe.trainable.rank}; mira ties factors entry by entry: give every party one rank"
+                f"trainable.rank is {recipe.trainable.rank}; mira ties factors entry by entry: give all one rank"
             )
 
     def begin(self, world: World) -> State:
@@ -91,3 +95,31 @@ def neighbours(graph: str, parties: int) -> list[list[int]]:
         )
     block = [node * blocks // parties for node in everyone]
     return [[other for other in everyone if other != node and block[other] == block[node]] for node in everyone]
+
+
+def claim(lab: Laboratory) -> Measured:
+    """With two planted groups of tasks and little data each, tied groups beat one model and lonely ones at home."""
+    changes = {"data.parties": planted(lab.folder), "data.examples": 24, "rounds.evaluate_every": 100}
+    changes |= {"rounds.local_steps": 8, "training.batch_size": 4}
+    knobs = {"graph": "blocks(2)", "strength": 1 / 3}
+    tied = lab.run(lab.recipe("mira", {**changes, "knobs": knobs})).loss()
+    common, alone = (lab.run(lab.recipe(name, changes)).loss() for name in ("fedavg", "local"))
+    return Measured(
+        f"mean local loss {tied:.4f}, against {common:.4f} with FedAvg and {alone:.4f} alone",
+        tied < min(common, alone),
+        {"tied": tied, "fedavg": common, "alone": alone},
+    )
+
+
+def planted(folder: Path) -> list[str]:
+    """Write six parties' files, three from each of two unlike domains, and return their paths."""
+    paths = []
+    for domain in ("web", "graphical-interfaces"):
+        examples = private_examples(domain)
+        random.Random(domain).shuffle(examples)
+        for part in range(3):
+            path = folder / f"mira-{domain}-{part}.jsonl"
+            rows = ({"prompt": each.prompt, "response": each.response} for each in examples[part:180:3])
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            paths.append(str(path))
+    return paths

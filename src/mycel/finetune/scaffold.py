@@ -17,7 +17,7 @@ that is lost after its party has moved c_k leaves c behind by that much.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -88,3 +88,24 @@ class Scaffold(FedAvg):
 
 def _zeros(tensors: Tensors) -> Tensors:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def claim(lab: Laboratory) -> Measured:
+    """Once control variates are known, the changes of one round point closer the same way than FedAvg's.
+
+    Parties step with plain gradients, as in SCAFFOLD's own analysis.
+    """
+    changes: dict[str, Any] = {"rounds.count": 3, "rounds.local_steps": 10, "rounds.evaluate_every": 3}
+    changes |= {"training.optimizer": "sgd", "training.learning_rate": 0.1, "training.clip_norm": 0.0}
+    free, steered = Drift(), Drift()
+    lab.run(lab.recipe("fedavg", changes), watch=free)
+    lab.run(lab.recipe("scaffold", changes), watch=steered)
+    # In the first round nothing is corrected yet.
+    gains = [after - before for after, before in zip(steered.agreements[1:], free.agreements[1:], strict=True)]
+    text = " and ".join(
+        f"{after:.3f} against {before:.3f}"
+        for after, before in zip(steered.agreements[1:], free.agreements[1:], strict=True)
+    )
+    return Measured(
+        f"mean cosine of parties' changes {text} with FedAvg, in rounds 2 and 3", min(gains) > 0, {"gain": min(gains)}
+    )

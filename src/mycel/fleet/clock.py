@@ -61,6 +61,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Virtual seconds."""
         return self._virtual.now
 
+    @property
+    def _clock_resolution(self) -> float:
+        # A timer fires when it lies less than this ahead. After some weeks of virtual time a nanosecond is lost in the
+        # last digit of a float: a timer that is due would never fire, and the loop would turn for ever.
+        return max(1e-9, math.ulp(self._virtual.now))
+
+    @_clock_resolution.setter
+    def _clock_resolution(self, seconds: float) -> None:
+        """Take no notice: the loop sets it once, to the resolution of the real clock."""
+
     async def due(self, work: asyncio.Future[T]) -> T:
         """Wait for real work that is due now: virtual time stands still until it has finished."""
         self._virtual.due += 1

@@ -60,12 +60,13 @@ def load_fleet(name: str) -> Fleet:
         raise RecipeError(f"fleet.devices is {name!r}, which is no known fleet: {hint}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"fleet.devices names the file {name!r}, which does not exist") from error
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise RecipeError(f"fleet.devices names the file {name!r}, which {reason}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"the fleet file {name!r} is not TOML: {error}") from error
     tables = content.get("device")
-    if not isinstance(tables, list) or not tables:
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise RecipeError(f"the fleet file {name!r} holds no [[device]] table; one per machine is needed")
     return Fleet(path.stem, tuple(_device(table, index, name) for index, table in enumerate(tables)))
 
@@ -73,7 +74,10 @@ def load_fleet(name: str) -> Fleet:
 def _device(table: dict[str, Any], index: int, source: str) -> Device:
     where = f"device {index + 1} of {source!r}"
     values = dict(table)
-    link = Link(**_numbers(values.pop("link", {}), Link, f"link of {where}"))
+    table = values.pop("link", {})
+    if not isinstance(table, dict):
+        raise RecipeError(f"link of {where} is {table!r}; a table such as {{ up_mbps = 20 }} is needed")
+    link = Link(**_numbers(table, Link, f"link of {where}"))
     name = str(values.pop("name", f"device-{index}"))
     device = Device(name=name, link=link, **_numbers(values, Device, where))
     if not 0 < device.reliability <= 1:

@@ -41,7 +41,7 @@ SEED = 20
 WORKERS = 2
 TOKENISER_CHARACTERS = 1_500_000
 CHARACTERS_PER_TOKEN = 4
-EXAMPLE_SHARE = 0.375  # of the rows: instructions, as a party's examples are written
+EXAMPLE_SHARE = 0.5  # of the rows: instructions, as a party's examples are written
 WARMUP_SHARE = 0.05
 TICK = 0.25  # seconds between reports while something long runs in the background
 
@@ -97,7 +97,9 @@ def _optimise(model: PreTrainedModel, size: Size, inputs: Iterator[Inputs], prog
         for step in range(size.steps):
             progress("training the base", step, size.steps)
             batch = next(inputs)
-            parts = [{name: rows[start::WORKERS] for name, rows in batch.items()} for start in range(WORKERS)]
+            parts = [
+                {name: rows[start::WORKERS].contiguous() for name, rows in batch.items()} for start in range(WORKERS)
+            ]
             gradients = list(workers.map(partial(_gradients, model, weights), parts))
             for weight, *pieces in zip(weights, *gradients, strict=True):
                 weight.grad = torch.stack(pieces).mean(0)

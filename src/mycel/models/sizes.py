@@ -26,10 +26,12 @@ class Size:
         Decoder-only, or encoder-decoder.
     hidden, layers, heads, intermediate : int
         Width, blocks (for T5: per stack), attention heads, width of the feed-forward part.
-    steps, batch_size, window : int
-        Optimiser steps, sequences per step, tokens per sequence.
+    steps : int
+        Optimiser steps.
     learning_rate : float
         Peak of the cosine schedule.
+    batch_size, window : int
+        Sequences per step, tokens per sequence. Few tokens are seen in all, so many small steps learn the most of them.
     """
 
     name: str
@@ -39,9 +41,9 @@ class Size:
     heads: int
     intermediate: int
     steps: int
-    batch_size: int = 16
+    learning_rate: float
+    batch_size: int = 4
     window: int = 128
-    learning_rate: float = 4e-3
 
     def config(self) -> Any:
         """Return the ``transformers`` configuration of this size."""
@@ -78,9 +80,9 @@ class Size:
 SIZES: dict[str, Size] = {
     size.name: size
     for size in (
-        Size("micro", "llama", hidden=64, layers=2, heads=4, intermediate=172, steps=120),
-        Size("tiny", "llama", hidden=128, layers=4, heads=4, intermediate=344, steps=300),
-        Size("small", "llama", hidden=192, layers=5, heads=6, intermediate=512, steps=400, learning_rate=3e-3),
-        Size("tiny-t5", "t5", hidden=96, layers=2, heads=4, intermediate=256, steps=300),
+        Size("micro", "llama", hidden=64, layers=2, heads=4, intermediate=172, steps=480, learning_rate=6e-3),
+        Size("tiny", "llama", hidden=128, layers=4, heads=4, intermediate=344, steps=1100, learning_rate=4e-3),
+        Size("small", "llama", hidden=192, layers=5, heads=6, intermediate=512, steps=800, learning_rate=3e-3),
+        Size("tiny-t5", "t5", hidden=96, layers=2, heads=4, intermediate=256, steps=1000, learning_rate=4e-3),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tomllib
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -13,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from mycel.errors import RecipeError
+from mycel.errors import MycelError, RecipeError
 from mycel.recipe.schema import Recipe
 
 
@@ -114,9 +115,17 @@ def _from_function(path: Path, function: str) -> dict[str, Any]:
     if spec is None or spec.loader is None:
         raise RecipeError(f"the recipe file {str(path)!r} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build = getattr(module, function, None)
-    recipe = build() if callable(build) else None
+    try:
+        spec.loader.exec_module(module)
+        build = getattr(module, function, None)
+        if not callable(build):
+            raise RecipeError(f"{path} has no function {function!r}: name one that returns a Recipe, {path}:FUNCTION")
+        recipe = build()
+    except MycelError:
+        raise
+    except Exception as error:  # the file is the user's own program
+        trace = "".join(traceback.format_exception(error)[-3:]).rstrip()
+        raise RecipeError(f"the recipe {path}:{function} failed; mend it and try again\n{trace}") from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(
             f"{path}:{function} gives {type(recipe).__name__}; a function that returns a Recipe is needed"

@@ -91,6 +91,12 @@ class Wire(Section):
     max_parcel: Positive = Field(1 << 31, description="largest frame accepted, in bytes")
 
 
+class Guard(Section):
+    """What protects what leaves."""
+
+    clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of what a party sends; 0: none")
+
+
 class FleetSpec(Section):
     """Which devices and links take part."""
 
@@ -116,6 +122,7 @@ class Recipe(Section):
     training: Training = Training()
     rounds: Rounds = Rounds()
     wire: Wire = Wire()
+    guard: Guard = Guard()
     fleet: FleetSpec = FleetSpec()
     engine: Engine = Engine()
     knobs: dict[str, Any] = Field(default={}, description="the system's own settings, checked against its Knobs")

@@ -160,19 +160,19 @@ class Coordinator:
         self.engine.ask(request)
 
     def _collect(self, arrival: Arrival) -> None:
-        lease = self.leases.get(arrival.node)
-        purpose = lease.kind if lease else "late"
-        self.meter.count(arrival.node, "up", purpose, len(arrival.frame))
+        lease, size = self.leases.get(arrival.node), len(arrival.frame)
         if lease is None or lease.request.generation != arrival.generation:
-            self._drop(arrival.node, "late", "answer of an ended lease", arrival.at)
+            self.meter.count(arrival.node, "up", "late", size)
+            self._drop(arrival.node, "late", "answer of an ended lease", arrival.at, size)
             return
+        self.meter.count(arrival.node, "up", lease.kind, size)
         del self.leases[arrival.node]
         self.deadlines.learn(arrival)
         try:
             answer = self._filter(arrival, lease)
         except ParcelError as error:
             self._refused[arrival.node] += 1
-            self._drop(arrival.node, "invalid", str(error), arrival.at)
+            self._drop(arrival.node, "invalid", str(error), arrival.at, size)
             return
         if lease.kind == "work":
             self._arrived[arrival.node] = answer
@@ -180,7 +180,7 @@ class Coordinator:
             "answer",
             round=lease.version,
             node=arrival.node,
-            bytes=len(arrival.frame),
+            bytes=size,
             at=arrival.at,
             started=arrival.started,
             computed=arrival.computed,
@@ -197,10 +197,11 @@ class Coordinator:
         if lease.expects is not None:
             check_shapes(group(parcel.tensors, "update"), lease.expects)
         if lease.kind == "work":
-            self.system.check(parcel)
             self.system.inspect(self.progress.state, arrival.node, parcel)
         scores = parcel.header.get("scores")
-        if scores:
+        if scores is not None:
+            if not isinstance(scores, list) or len(scores) != 3:
+                raise ParcelError(f"the report 'scores' is {str(scores)[:40]!r}; loss, tokens and hits are needed")
             self.progress.scores.setdefault(lease.version, {})[arrival.node] = scores
         staleness = self.progress.version - lease.version
         samples = int(parcel.header.get("samples", 0))
@@ -211,8 +212,8 @@ class Coordinator:
         self.latest = answers = [self._arrived[node] for node in sorted(self._arrived)]
         done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         if not self.pace.keeps:
-            for node in list(self.leases):
-                del self.leases[node]
+            self._expire()
+            self.leases.clear()
         done.version += 1
         self._close_round(len(answers))
         self._arrived.clear()
@@ -262,9 +263,9 @@ class Coordinator:
                 self.deadlines.lost(node)
                 self._drop(node, "lost", "no answer by the learnt deadline", self.engine.now())
 
-    def _drop(self, node: int, reason: str, detail: str, at: float) -> None:
+    def _drop(self, node: int, reason: str, detail: str, at: float, size: int = 0) -> None:
         self.progress.drops[reason] += 1
-        self.record("drop", round=self.progress.version, node=node, reason=reason, detail=detail, at=at)
+        self.record("drop", round=self.progress.version, node=node, reason=reason, detail=detail, bytes=size, at=at)
 
     def _stalled(self) -> str:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Footprint(TorchDispatchMode):
+class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, inside the block, every tensor that an operation makes until its memory is given back.
 
     Attributes
@@ -20,7 +20,7 @@ class Footprint(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._now = 0
         self._known: dict[int, int] = {}
@@ -28,19 +28,20 @@ class Footprint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out the operation and count what came out of it."""
         for tensor in _tensors((args, kwargs)):
-            self._known.setdefault(_address(tensor), 0)
+            self._note(tensor, 0)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            self._count(tensor)
+            self._note(tensor, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self._now)
         return result
 
-    def _count(self, tensor: Tensor) -> None:
-        storage, address = tensor.untyped_storage(), _address(tensor)
-        if address not in self._known:
-            self._known[address] = storage.nbytes()
-            self._now += storage.nbytes()
-            weakref.finalize(storage, self._forget, address)
+    def _note(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = size
+            self._now += size
+            # Addresses are used again once memory is given back, so each is forgotten with its storage.
+            weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, address: int) -> None:
         self._now -= self._known.pop(address, 0)
@@ -51,10 +52,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with Footprint() as footprint:
         work()
     return footprint.peak
-
-
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

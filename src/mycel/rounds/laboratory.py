@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
+from mycel.rounds.algebra import seed_of, subtract
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.probe import probe_all
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
+from mycel.rounds.system import State
 from mycel.rounds.world import World
 from mycel.wire.parcel import Tensors
 
@@ -54,6 +56,24 @@ Claim = Callable[["Laboratory"], Measured]
 
 
 @dataclass
+class Trail:
+    """Watches a run: the engine's seconds and the state at the start and after each round."""
+
+    moments: list[float] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+
+    def __call__(self, coordinator: Coordinator) -> None:
+        """Take note of a version that is new."""
+        if coordinator.progress.version >= len(self.states):
+            self.moments.append(coordinator.engine.now())
+            self.states.append(coordinator.progress.state)
+
+    def steps(self) -> list[Tensors]:
+        """Return how the shared state moved in each round."""
+        return [subtract(after.shared, before.shared) for before, after in pairwise(self.states)]
+
+
+@dataclass
 class Laboratory:
     """Runs recipes; parties' tokens are made once for each data section and seed."""
 
@@ -88,8 +108,13 @@ class Laboratory:
         world.start = start
         return Simulation(f"claim-{self._count}", world, self.place.labour, checkpoint=watch).run()
 
-    def mixture(self, finished: Finished) -> float:
-        """Mean, over the models that a run made, of the loss on all parties' held-out examples together."""
+    def mixture(self, finished: Finished, state: State | None = None) -> float:
+        """Mean, over the models that a run made, of the loss on all parties' held-out examples together.
+
+        ``state`` stands in for the final one, to score an earlier moment of the run.
+        """
+        if state is not None:
+            finished = replace(finished, progress=replace(finished.progress, state=state))
         return probe_all({"system": finished}, self.place.labour).mixture("system")
 
     def open_base(self, name: str = "") -> Base:

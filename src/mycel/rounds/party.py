@@ -126,13 +126,12 @@ def initial_state(recipe: Recipe, trainable: Trainable) -> Tensors:
 
 
 @contextmanager
-def free(
-    parameters: Mapping[str, nn.Parameter], only: Collection[str] | None
-) -> Iterator[Mapping[str, nn.Parameter]]:
+def free(parameters: Mapping[str, nn.Parameter], only: Collection[str] | None) -> Iterator[Mapping[str, nn.Parameter]]:
     """Hold every parameter still that ``only`` does not name, and yield the others; None names all."""
     held = [parameter for name, parameter in parameters.items() if only is not None and name not in only]
     for parameter in held:
         parameter.requires_grad_(False)
+        parameter.grad = None
     try:
         yield {name: parameter for name, parameter in parameters.items() if only is None or name in only}
     finally:

@@ -70,7 +70,9 @@ async def _ask(requests: list[tuple[str, int, bytes, bytes]], labour: Labour) ->
         numbers = Parcel.from_bytes(reply.frame).header["scores"]
         return [Scores(*numbers[start : start + 3]) for start in range(0, len(numbers), 3)]
 
-    keys = [hashlib.sha256(frame).hexdigest() + hashlib.sha256(home).hexdigest() + arm for arm, _, frame, home in requests]
+    keys = [
+        hashlib.sha256(frame).hexdigest() + hashlib.sha256(home).hexdigest() + arm for arm, _, frame, home in requests
+    ]
     for key, request in zip(keys, requests, strict=True):
         if key not in asked:
             asked[key] = asyncio.ensure_future(one(*request))

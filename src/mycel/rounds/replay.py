@@ -69,10 +69,20 @@ def require_forward_passes(recipe: Recipe, plain: bool) -> None:
         raise RecipeError(f"the system {recipe.system!r} needs {needed}; found {found}")
 
 
+def require_shared_directions(recipe: Recipe) -> None:
+    """Refuse ranks of several sizes and error feedback: a scalar has its meaning from one round's shapes and seeds."""
+    if recipe.wire.error_feedback:
+        raise RecipeError(
+            f"wire.error_feedback is on, and answers of the system {recipe.system!r} belong to the seeds of one round: "
+            "what a codec lost cannot be added to the next; turn it off"
+        )
+    require_one_rank(recipe)
+
+
 def require_one_rank(recipe: Recipe) -> None:
-    """Refuse ranks of several sizes: a seed stands for one direction only where all shapes are alike."""
+    """Refuse ranks of several sizes where parties must hold tensors of one shape."""
     if recipe.trainable.kind == "lora" and isinstance(recipe.trainable.rank, list):
         raise RecipeError(
             f"trainable.rank lists {recipe.trainable.rank}, and the system {recipe.system!r} needs one rank for all: "
-            "a seed stands for the same direction only where shapes are alike"
+            "its parties must hold tensors of one shape"
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mycel.catalog import load_system
 from mycel.data.tokens import TokenStore
 from mycel.engines.inprocess import InProcessEngine, Labour
@@ -130,9 +132,13 @@ def workplace(workers: int) -> Iterator[Workplace]:
     count = workers if workers >= 0 else (os.cpu_count() or 1)
     host = Sites()
     labour: Workers = WorkerPool(Sites, count, "mycel.rounds.host") if count else Inline(lambda: host)
+    # One thread everywhere, as in the workers: the order of a parallel sum would show in the last bits of a result.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield Workplace(host, labour)
     finally:
+        torch.set_num_threads(threads)
         labour.close()
 
 

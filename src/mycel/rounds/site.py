@@ -16,14 +16,15 @@ from typing import Any
 from mycel.catalog import load_system
 from mycel.data.tokens import TokenStore
 from mycel.evaluate.metrics import Scores, held_out
+from mycel.guard.clip import clip
 from mycel.models.base import Base, open_base
 from mycel.models.trainable import Trainable, build_trainable
 from mycel.recipe.schema import Recipe, Wire
 from mycel.rounds.party import Party
-from mycel.rounds.system import System, check_answer
+from mycel.rounds.system import System, check_answer, group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
-from mycel.wire.parcel import Limits, Parcel
+from mycel.wire.parcel import Limits, Parcel, Tensors
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Site:
         """Carry out one brief and return the answer's frame and the party's new home frame."""
         wire = self.job.recipe.wire
         brief = Parcel.from_bytes(frame, limits(wire, self.base))
-        personal = Parcel.from_bytes(home).tensors if home else {}
-        party = self.party(node, int(brief.header.get("version", 0)), personal)
+        kept = Parcel.from_bytes(home).tensors if home else {}
+        party = self.party(node, int(brief.header.get("version", 0)), group(kept, "personal"))
         scores = [self.evaluate(brief, party, index) for index in self._evaluated(brief, node)]
         if brief.kind == "deliver":
             answer = Parcel("answer", {"samples": party.samples})
@@ -116,7 +117,9 @@ class Site:
             numbers = [number for score in scores for number in (score.loss_sum, score.tokens, score.correct)]
             answer = Parcel(answer.kind, {**answer.header, "scores": numbers}, answer.tensors)
         check_answer(self.system, answer)
-        return self._encode(answer, party)
+        sent, residual = self._encode(self._guard(answer), group(kept, "residual"))
+        home_tensors = with_role("personal", party.personal) | with_role("residual", residual)
+        return sent, Parcel("home", {}, home_tensors).to_bytes() if home_tensors else b""
 
     def evaluate(self, brief: Parcel, party: Party, holder: int) -> Scores:
         """Score the model that a brief describes on the held-out examples of ``holder``."""
@@ -129,18 +132,21 @@ class Site:
         # Other parties' held-out examples are named only by a simulation's comparison arms; a real party holds its own.
         return list(brief.header.get("holders", [node] if brief.header.get("evaluate") else []))
 
-    def _encode(self, answer: Parcel, party: Party) -> tuple[bytes, bytes]:
+    def _guard(self, answer: Parcel) -> Parcel:
+        bound = self.job.recipe.guard.clip_norm
+        if not bound:
+            return answer
+        update = with_role("update", clip(group(answer.tensors, "update"), bound))
+        return Parcel(answer.kind, answer.header, {**answer.tensors, **update})
+
+    def _encode(self, answer: Parcel, residual: Tensors) -> tuple[bytes, Tensors]:
+        """Serialise an answer; with error feedback, return what the codec lost this time."""
         wire = self.job.recipe.wire
         codec = parse_codec(wire.codec)
-        personal = dict(party.personal)
         if wire.error_feedback and answer.tensors and not codec.lossless:
-            start = "residual/"
-            kept = {name[len(start) :]: value for name, value in personal.items() if name.startswith(start)}
-            tensors, residual = compensate(answer.tensors, kept, codec)
+            tensors, residual = compensate(answer.tensors, residual, codec)
             answer = Parcel(answer.kind, answer.header, tensors)
-            personal |= {start + name: value for name, value in residual.items()}
-        home = Parcel("home", {}, personal).to_bytes() if personal else b""
-        return answer.to_bytes(codec), home
+        return answer.to_bytes(codec), residual
 
 
 def limits(wire: Wire, base: Base) -> Limits:

@@ -78,9 +78,8 @@ class State:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.to_parcel().tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            )
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         return digest.hexdigest()
 
 
@@ -164,7 +163,7 @@ class System:
         raise NotImplementedError
 
     def abridge(self, brief: Parcel, state: State, node: int) -> Parcel:
-        """What of the brief must travel, given what the node keeps at home? Everything, unless a system knows better."""
+        """What of the brief must travel, given what the node keeps at home? Everything by default."""
         return brief
 
     def adopt(self, brief: Parcel, party: Party) -> Trainable:
@@ -181,9 +180,6 @@ class System:
     def work(self, brief: Parcel, party: Party) -> Parcel:
         """What does the party do at home, and what may leave?"""
         raise NotImplementedError
-
-    def check(self, answer: Parcel) -> None:
-        """Refuse, with a ``ParcelError``, an answer whose values cannot be meant; shapes are checked before."""
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """What do the answers make together? Must not depend on their order."""
@@ -224,6 +220,9 @@ def check_answer(system: System, answer: Parcel) -> None:
         numbers = value if isinstance(value, list) else [value]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ParcelError(f"the report {key!r} is {str(value)[:40]!r}; only numbers may leave a party")
+    samples = answer.header.get("samples", 1)
+    if type(samples) is not int or not 0 < samples < 1 << 53:
+        raise ParcelError(f"the report 'samples' is {str(samples)[:40]!r}; it counts examples, of which there is one")
 
 
 def check_shapes(update: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
@@ -233,3 +232,5 @@ def check_shapes(update: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         if tuple(update[name].shape) != shape:
             raise ParcelError(f"tensor {name!r} has the shape {tuple(update[name].shape)}, expected {shape}")
+        if not update[name].is_floating_point():
+            raise ParcelError(f"tensor {name!r} holds {update[name].dtype}; a change is made of floating-point numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mycel.errors import RecipeError
 from mycel.fleet.cost import forward_flops, training_flops
 from mycel.fleet.device import Device, Fleet
 from mycel.models.base import Base
@@ -56,8 +57,18 @@ class World:
 
     def prepare(self) -> None:
         """Bind the trainable of every rank now: binding changes the model, which arms on other threads share."""
+        self._check_objective()
         self.sizes = {rank: self.trainable(rank).size() for rank in {node.rank for node in self.nodes}}
         self.trainable()
+
+    def _check_objective(self) -> None:
+        closed, objective = bool(self.base.model.config.is_encoder_decoder), self.recipe.training.objective
+        if closed != (objective == "seq2seq"):
+            kind = "an encoder-decoder" if closed else "a decoder alone"
+            raise RecipeError(
+                f"training.objective is {objective!r}, and the base {self.recipe.model.base!r} is {kind}: "
+                f"set it to {'seq2seq' if closed else 'causal'!r}"
+            )
 
     def trainable(self, rank: int | None = None) -> Trainable:
         """Return the coordinator's trainable, at the largest rank unless ``rank`` says otherwise."""

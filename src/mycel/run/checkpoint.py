@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mycel.engines.engine import Request
+from mycel.engines.engine import Pending, Request
 from mycel.errors import ParcelError, RunError
 from mycel.rounds.coordinator import Coordinator, Lease, Progress
 from mycel.rounds.deadline import WINDOW
@@ -23,8 +25,11 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
     done, deadlines = coordinator.progress, coordinator.deadlines
     state = done.state.to_parcel()
     tensors: Tensors = dict(state.tensors)
-    for node, lease in coordinator.leases.items():
-        tensors[f"lease.{node}/frame"] = _bytes(lease.request.frame)
+    requests = _requests(coordinator)
+    for item in requests:
+        tensors[f"request.{item.request.generation}/frame"] = _bytes(item.request.frame)
+        if item.home:
+            tensors[f"request.{item.request.generation}/home"] = _bytes(item.home)
     for node, home in coordinator.engine.homes().items():
         tensors[f"home.{node}/frame"] = _bytes(home)
     header: dict[str, Any] = {
@@ -41,22 +46,46 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
         "clock": coordinator.engine.now(),
         "recent": {str(node): list(seconds) for node, seconds in deadlines.recent.items()},
         "silent": {str(node): count for node, count in deadlines.silent.items()},
+        "requests": [_request_header(item.request) for item in requests],
         "leases": [_lease_header(lease) for lease in coordinator.leases.values()],
     }
-    write_bytes(path, Parcel("checkpoint", header, tensors).to_bytes())
+    write_bytes(path, Parcel("checkpoint", {**header, "sha256": _digest(header, tensors)}, tensors).to_bytes())
+
+
+def _digest(header: dict[str, Any], tensors: Tensors) -> str:
+    """Hash of everything in a checkpoint: a disk's silent fault must not become part of a model."""
+    plain = json.loads(json.dumps(header))  # as it will be read: keys of text, lists for tuples
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
 
 
 def _bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _lease_header(lease: Lease) -> dict[str, Any]:
-    request = lease.request
+def _requests(coordinator: Coordinator) -> list[Pending]:
+    """What is on its way, in the order of asking: also answers whose leases have ended, for they will come late."""
+    under_lease = [Pending(lease.request, b"") for lease in coordinator.leases.values()]
+    known = {item.request.generation: item for item in (*under_lease, *coordinator.engine.pending())}
+    return [known[generation] for generation in sorted(known)]
+
+
+def _request_header(request: Request) -> dict[str, Any]:
     return {
         "node": request.node,
         "generation": request.generation,
         "asked": request.asked,
         "seconds": request.seconds,
+    }
+
+
+def _lease_header(lease: Lease) -> dict[str, Any]:
+    return {
+        "generation": lease.request.generation,
         "version": lease.version,
         "kind": lease.kind,
         "expects": lease.expects,
@@ -74,8 +103,12 @@ def read_checkpoint(path: Path) -> Parcel | None:
         raise RunError(
             f"the checkpoint {str(path)!r} is damaged ({error}): remove it to repeat that part of the run"
         ) from error
-    if parcel.kind != "checkpoint":
-        raise RunError(f"{str(path)!r} is a parcel of kind {parcel.kind!r} and no checkpoint")
+    found = parcel.header.pop("sha256", None)
+    if parcel.kind != "checkpoint" or found != _digest(parcel.header, parcel.tensors):
+        raise RunError(
+            f"the checkpoint {str(path)!r} is damaged (its content does not have the hash that it states): "
+            "remove it to repeat that part of the run"
+        )
     return parcel
 
 
@@ -93,7 +126,7 @@ def homes_of(parcel: Parcel | None) -> dict[int, bytes]:
 
 
 def restore(coordinator: Coordinator, parcel: Parcel) -> None:
-    """Put a fresh coordinator where the checkpoint left off, and ask again whoever was still out."""
+    """Put a fresh coordinator where the checkpoint left off, and ask again for every answer that was still to come."""
     header = parcel.header
     state = State.from_parcel(Parcel("state", header["state"], parcel.tensors))
     scores = {
@@ -112,9 +145,14 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
     coordinator.meter.restore(header["meter"])
     coordinator.deadlines.recent = {int(node): deque(seconds, WINDOW) for node, seconds in header["recent"].items()}
     coordinator.deadlines.silent = Counter({int(node): count for node, count in header["silent"].items()})
-    for item in header["leases"]:
-        frame = parcel.tensors[f"lease.{item['node']}/frame"].numpy().tobytes()
+    requests: dict[int, Request] = {}
+    for item in header["requests"]:
+        frame = parcel.tensors[f"request.{item['generation']}/frame"].numpy().tobytes()
+        home = parcel.tensors.get(f"request.{item['generation']}/home")
         request = Request(item["node"], item["generation"], frame, item["asked"], item["seconds"])
+        requests[request.generation] = request
+        coordinator.engine.ask(request, b"" if home is None else home.numpy().tobytes())
+    for item in header["leases"]:
+        request = requests[item["generation"]]
         expects = item["expects"] and {name: tuple(shape) for name, shape in item["expects"].items()}
-        coordinator.leases[item["node"]] = Lease(request, item["version"], item["kind"], expects, item["deadline"])
-        coordinator.engine.ask(request)
+        coordinator.leases[request.node] = Lease(request, item["version"], item["kind"], expects, item["deadline"])

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from mycel.catalog import load_system
-from mycel.data.parties import load_parties
+from mycel.data.parties import PartyData, load_parties
+from mycel.data.partition import parse_partition
 from mycel.data.tokens import TokenStore
 from mycel.engines.inprocess import Labour
 from mycel.engines.pool import WorkerPool
-from mycel.errors import RecipeError
+from mycel.errors import RecipeError, RunError
 from mycel.fleet import load_fleet
 from mycel.models.base import find_base, open_base
 from mycel.models.save import save_run_model
@@ -68,16 +70,14 @@ class Execution:
     recipe: Recipe
     folder: RunFolder
     watcher: Watcher = field(default_factory=Silent)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> dict[str, Any]:
         """Carry the run to its end and return the content of ``result.json``."""
         started = time.monotonic()
         self.log = EventLog(self.folder.events, self.watcher.event)
         try:
-            base = find_base(self.recipe.model.base, self.watcher.phase)
-            for name in load_system(self.recipe).bases():
-                find_base(name, self.watcher.phase)
-            self._write_tokens(base)
+            base = self._prepare()
             with workplace(self.recipe.engine.workers) as place:
                 finished = self._run_arms(place, base)
                 probes = probe_all(finished, place.labour) if self.recipe.compare else Probes()
@@ -85,21 +85,37 @@ class Execution:
             self._save_model(finished["system"])
             write_json(self.folder.result, result)
             self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
-            write_report(self.folder.path)
+            with writing(self.folder.path / "report.html"):
+                write_report(self.folder.path)
         finally:
             self.log.close()
         return result
 
-    def _write_tokens(self, base: Path) -> None:
+    def _prepare(self) -> Path:
+        parties = self._read_parties()
+        base = find_base(self.recipe.model.base, self.watcher.phase)
+        for name in load_system(self.recipe).bases():
+            find_base(name, self.watcher.phase)
+        self._write_tokens(parties, base)
+        return base
+
+    def _read_parties(self) -> list[PartyData]:
+        """Read the data before a base is made or fetched, for it is refused sooner; nothing where tokens are kept."""
+        if self.folder.tokens.exists():
+            return []
         self.watcher.phase("reading the parties' data", 0, 1)
-        if not self.folder.tokens.exists():
-            parties = load_parties(self.recipe.data, self.recipe.seed)
-            store = TokenStore.build(parties, open_base(base).tokenizer, self.recipe.data.max_length)
-            temporary = self.folder.tokens.with_name(".tokens.safetensors")
-            with writing(self.folder.tokens):
-                store.save(temporary)
-                temporary.replace(self.folder.tokens)
+        parties = load_parties(self.recipe.data, self.recipe.seed)
         self.watcher.phase("reading the parties' data", 1, 1)
+        return parties
+
+    def _write_tokens(self, parties: list[PartyData], base: Path) -> None:
+        if not parties:
+            return
+        store = TokenStore.build(parties, open_base(base).tokenizer, self.recipe.data.max_length)
+        temporary = self.folder.tokens.with_name(".tokens.safetensors")
+        with writing(self.folder.tokens):
+            store.save(temporary)
+            temporary.replace(self.folder.tokens)
 
     def _run_arms(self, place: Workplace, base: Path) -> dict[str, Finished]:
         system = place.open("system", self.recipe, base, self.folder.tokens)
@@ -126,6 +142,16 @@ class Execution:
                 for arm in arms
                 if not arm.after
             }
+            try:
+                done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                # Leaving this block waits for every arm: end them, or a stopped run would go on to its end.
+                self.stopped.set()
+                threads.shutdown(wait=False, cancel_futures=True)
+                place.labour.close()
+                raise
             finished |= {name: future.result() for name, future in running.items()}
         for arm in arms:
             if arm.after:
@@ -144,12 +170,17 @@ class Execution:
             arm.name,
             world,
             labour,
-            lambda event, **fields: self.log.record(event, arm.name, **fields),
+            lambda event, **fields: self._record(arm.name, event, **fields),
             lambda coordinator: save_checkpoint(coordinator, path),
         )
         if saved is None:
             return simulation.run()
         return simulation.run(homes_of(saved), checkpoint_clock(saved), lambda coordinator: restore(coordinator, saved))
+
+    def _record(self, arm: str, event: str, **fields: Any) -> None:
+        if self.stopped.is_set():
+            raise RunError("the run was stopped: --resume goes on from the last round")
+        self.log.record(event, arm, **fields)
 
     def _save_model(self, finished: Finished) -> None:
         observer = finished.world.observer(-1, finished.progress.version)
@@ -178,8 +209,15 @@ def check_recipe(recipe: Recipe) -> None:
     parse_codec(recipe.wire.brief_codec)
     load_fleet(recipe.fleet.devices)
     ranks = recipe.trainable.rank
-    parties = recipe.data.count if isinstance(recipe.data.parties, str) else len(recipe.data.parties)
+    parties = _count_parties(recipe)
     if isinstance(ranks, list) and len(ranks) != parties:
         raise RecipeError(
             f"trainable.rank lists {len(ranks)} ranks for {parties} parties: give one for each, or a single rank"
         )
+
+
+def _count_parties(recipe: Recipe) -> int:
+    spread = recipe.data.parties
+    if isinstance(spread, list):
+        return len(spread)
+    return 1 if parse_partition(spread)[0] == "pooled" else recipe.data.count

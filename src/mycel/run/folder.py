@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from mycel.errors import RunError
+from mycel.errors import DataError, ModelError, RecipeError, RunError
 from mycel.recipe.load import check
 from mycel.recipe.schema import Recipe
 
@@ -42,6 +45,8 @@ class RunFolder:
     @contextmanager
     def held(self, recipe: Recipe, resume: bool) -> Iterator[None]:
         """Hold the folder for ``recipe``: fresh, or with ``resume`` where the same recipe was stopped."""
+        if resume and not self.recipe.exists():
+            raise RunError(f"{str(self.path)!r} holds no run to resume: leave --resume out to start one there")
         with writing(self.path):
             self.work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.work / "lock")
@@ -52,17 +57,29 @@ class RunFolder:
                 f"another run is writing to {str(self.path)!r}: wait for it, or choose another folder with --out"
             ) from error
         try:
-            self._claim(recipe, resume)
-            yield
+            fresh = self._claim(recipe, resume)
+            try:
+                yield
+            except (RecipeError, DataError, ModelError):
+                if fresh and not any(path != self.tokens for path in self.work.glob("[!.]*.safetensors")):
+                    self._forget()
+                raise
         finally:
             lock.release()
 
-    def _claim(self, recipe: Recipe, resume: bool) -> None:
+    def _forget(self) -> None:
+        """Remove what a run left that was refused before any work: the mended recipe may start here afresh."""
+        for path in (self.events, self.recipe):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        with suppress(OSError):  # whatever else lies in the folder stays
+            self.path.rmdir()
+
+    def _claim(self, recipe: Recipe, resume: bool) -> bool:
+        """Make the folder the recipe's, and return whether it is a fresh one."""
         if not self.recipe.exists():
-            if resume:
-                raise RunError(f"{str(self.path)!r} holds no run to resume: leave --resume out to start one there")
             write_text(self.recipe, recipe.model_dump_json(indent=2))
-            return
+            return True
         if not resume:
             raise RunError(
                 f"{str(self.path)!r} already holds a run: add --resume to go on with it, or choose another --out"
@@ -73,6 +90,7 @@ class RunFolder:
                 f"{str(self.path)!r} holds a run of another recipe ({before.sha256()[:9]}, not {recipe.sha256()[:9]}): "
                 "resume with the same recipe and overrides, or choose another --out"
             )
+        return False
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -89,13 +107,21 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failed write into a sentence; what was written before stays whole."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        reason = "the disk is full" if full else (error.strerror or str(error)).lower()
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        full = number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        reason = "the disk is full" if full else os.strerror(number).lower() if number else str(error)
         raise RunError(
             f"{str(path)!r} cannot be written: {reason}. Nothing done so far is lost: "
             "make room or choose another place, then run again with --resume"
         ) from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))  # safetensors tells the system's errors as text
+    return int(found[1]) if found else None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

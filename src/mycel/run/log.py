@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -41,11 +42,17 @@ class EventLog:
         """Append one event; ``n`` counts events from 0."""
         with self._lock:
             entry = {"n": self._number, "event": event, "arm": arm, **fields}
-            with writing(self.path):
-                self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+            self._append(json.dumps(entry, allow_nan=False).encode() + b"\n")
             self._number += 1
         if self._listener:
             self._listener(entry)
+
+    def _append(self, line: bytes) -> None:
+        with writing(self.path):
+            written = self._file.write(line)
+            if written != len(line):  # a disk that fills up takes the beginning of a line without complaint
+                self._file.truncate(self._file.tell() - written)
+                raise OSError(errno.ENOSPC, "short write")
 
     def close(self) -> None:
         """Bring the log to the disk."""

@@ -28,7 +28,9 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
     nodes = main.world.nodes
     own = {name: probes.own(name) if name in probes.scores else arm.scores() for name, arm in finished.items()}
     own["base"] = probes.own("base") if "base" in probes.scores else main.scores(0)
-    mixture = {name: probes.mixture(name) if name in probes.scores else _together(own[name]).loss for name in finished}
+    mixture = {
+        name: _finite(probes.mixture(name) if name in probes.scores else _together(own[name]).loss) for name in finished
+    }
     final = _together(own["system"])
     return {
         "title": recipe.title,
@@ -39,8 +41,8 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
         "rounds": _rounds(main),
         "final": {
             "loss": mixture["system"],
-            "perplexity": final.perplexity,
-            "token_accuracy": final.token_accuracy,
+            "perplexity": _finite(final.perplexity),
+            "token_accuracy": _finite(final.token_accuracy),
             "mixture": {
                 "base": _finite(_together(own["base"]).loss),
                 "local_only_mean": mixture.get("local"),
@@ -51,7 +53,9 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
             "own": {f"{NAMES[name]}_mean": _mean(scores) for name, scores in own.items()},
             "per_party": {
                 node.name: {
-                    NAMES[name]: scores[node.index].loss for name, scores in own.items() if node.index in scores
+                    NAMES[name]: _finite(scores[node.index].loss)
+                    for name, scores in own.items()
+                    if node.index in scores
                 }
                 for node in nodes
             },
@@ -77,10 +81,11 @@ def _together(scores: Mapping[int, Scores]) -> Scores:
 
 
 def _mean(scores: Mapping[int, Scores]) -> float | None:
-    return fmean(score.loss for score in scores.values()) if scores else None
+    return _finite(fmean(score.loss for score in scores.values())) if scores else None
 
 
 def _finite(number: float) -> float | None:
+    """Return what JSON can hold: a loss no party could report, or that overflowed, is null."""
     return number if math.isfinite(number) else None
 
 
@@ -99,7 +104,7 @@ def _rounds(main: Finished) -> list[dict[str, Any]]:
     for entry in main.progress.rounds:
         seen = {key: value for key, value in entry.items() if not key.startswith("total_")}
         scores = main.scores(entry["round"])
-        loss = main.loss(entry["round"]) if scores else None
+        loss = _finite(main.loss(entry["round"])) if scores else None
         entries.append({**seen, "loss": loss})
     return entries
 

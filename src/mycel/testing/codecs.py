@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mycel.errors import ParcelError
+from mycel.testing.laws import law as _law
 from mycel.wire.codec import Codec, Parts
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel
@@ -65,11 +66,6 @@ def cases() -> Iterator[tuple[str, Tensor]]:
     yield "a transposed matrix", normal(31, 40).t()
     yield "every third element", normal(1200)[::3]
     yield "one row many times", normal(1, 40).expand(20, 40)
-
-
-def _law(holds: object, sentence: str) -> None:
-    if not holds:
-        raise AssertionError(f"broken law: {sentence}")
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,13 @@
+"""Conformance suites: the laws that every part of a kind obeys, ours or a stranger's.
+
+Each suite takes a part, or what makes one, and raises ``AssertionError`` with the law that is broken. They need no
+test framework, no network and no trained model.
+"""
+
+from mycel.testing.codecs import check_codec
+from mycel.testing.combine import check_combine
+from mycel.testing.engines import check_engine
+from mycel.testing.paces import check_pace
+from mycel.testing.trainables import check_trainable
+
+__all__ = ["check_codec", "check_combine", "check_engine", "check_pace", "check_trainable"]

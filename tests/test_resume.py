@@ -1,0 +1,316 @@
+"""A run that is stopped anywhere and resumed ends in the state of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mycel.errors import RunError
+from mycel.recipe.schema import Recipe
+from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.simulation import Finished, Simulation
+from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint
+from mycel.run.execute import run_recipe
+from mycel.run.folder import RunFolder
+from mycel.run.log import EventLog
+from small_runs import command, environment, events_of, mycel, small_recipe, write_recipe
+
+FEEDBACK = {"wire.codec": "topk(0.2)", "wire.error_feedback": True}
+LATE = {"rounds.quorum": 0.5, "rounds.patience": 0.01, "wire.brief_codec": "int8", "fleet.devices": "unequal"}
+SCENES: dict[str, dict[str, Any]] = {
+    "synchronous": {},
+    "synchronous, feedback": FEEDBACK,
+    "buffered": {"rounds.pace": "buffered(2)", "fleet.devices": "unequal"},
+    "buffered, feedback": {"rounds.pace": "buffered(2)", "fleet.devices": "unequal", **FEEDBACK},
+    "sequential": {"rounds.pace": "sequential", "rounds.count": 7},
+    "sequential, feedback": {"rounds.pace": "sequential", "rounds.count": 7, **FEEDBACK},
+    "unreliable": {"fleet.devices": "flaky", "rounds.quorum": 0.6, "rounds.count": 5},
+    "unreliable, buffered": {"fleet.devices": "flaky", "rounds.pace": "buffered(2)", "rounds.count": 8},
+    "late answers, feedback": {**LATE, "rounds.count": 6, "wire.error_feedback": True, "wire.codec": "bf16"},
+    "late answers, buffered": {**LATE, "rounds.pace": "buffered(2)", "rounds.count": 8, **FEEDBACK},
+    "a cohort": {"rounds.cohort": 0.5, "rounds.count": 5, "rounds.evaluate_every": 2},
+    "states of their own": {"system": "local"},
+}
+SMALL = {"trainable.rank": 2, "data.examples": 16, "data.held_out": 4, "data.max_length": 32, "rounds.local_steps": 1}
+
+
+class Stopped(Exception):
+    """The process is thought to have been killed."""
+
+
+def piece(lab: Laboratory, recipe: Recipe, path: Path, stop_at: int | None) -> tuple[Finished | None, int]:
+    """Run from the checkpoint in ``path``, or from the start, until event ``stop_at`` has been logged."""
+    count = 0
+
+    def record(event: str, **fields: Any) -> None:
+        nonlocal count
+        json.dumps(fields, allow_nan=False)
+        count += 1
+        if count == stop_at:
+            raise Stopped
+
+    simulation = Simulation(
+        f"claim-{lab._count + 1}", lab.world(recipe), lab.place.labour, record, lambda made: save_checkpoint(made, path)
+    )
+    saved = read_checkpoint(path)
+    try:
+        if saved is None:
+            return simulation.run(), count
+        return simulation.run(homes_of(saved), checkpoint_clock(saved), lambda made: restore(made, saved)), count
+    except Stopped:
+        return None, count
+
+
+def all_of(finished: Finished) -> dict[str, Any]:
+    """Everything that a result is made of."""
+    progress = finished.progress
+    return {
+        "state": finished.state.sha256(),
+        "rounds": progress.rounds,
+        "scores": progress.scores,
+        "drops": progress.drops,
+        "bytes": finished.meter.snapshot(),
+        "clock": finished.virtual_seconds,
+        "homes": dict(finished.homes),
+    }
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_stopped_at_every_event_and_resumed_it_ends_the_same(lab: Laboratory, tmp_path: Path, scene: str) -> None:
+    recipe = lab.recipe("fedavg", {"rounds.count": 3, **SMALL, **SCENES[scene]})
+    whole, events = piece(lab, recipe, tmp_path / "whole", None)
+    assert whole is not None
+    if scene.startswith("late"):
+        assert whole.progress.drops["late"] > 0  # or this scene would show nothing
+    for stop in range(1, events + 1):
+        path = tmp_path / f"stopped-{stop}"
+        first, _ = piece(lab, recipe, path, stop)
+        assert first is None
+        again, _ = piece(lab, recipe, path, None)
+        assert again is not None
+        assert all_of(again) == all_of(whole), f"stopped at event {stop} of {events}"
+
+
+def test_stopped_at_every_few_events_it_still_comes_to_its_end(lab: Laboratory, tmp_path: Path) -> None:
+    recipe = lab.recipe("fedavg", {**SMALL, "rounds.count": 4, "rounds.pace": "buffered(2)", **FEEDBACK})
+    whole, _ = piece(lab, recipe, tmp_path / "whole", None)
+    assert whole is not None
+    for stop in (7, 9, 14):  # a round takes five events or more, so each piece gets somewhere
+        finished = None
+        for _ in range(40):
+            finished, _ = piece(lab, recipe, tmp_path / str(stop), stop + 12)
+            if finished:
+                break
+        assert finished is not None
+        assert all_of(finished) == all_of(whole)
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+class KillAt:
+    """A watcher that ends the process, so to speak, when an event has been logged."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def arm(self, name: str, total: int) -> None:
+        """Ignore it."""
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Count down."""
+        self._left -= 1
+        if self._left == 0:
+            raise Stopped
+
+
+def test_a_run_with_all_its_arms_resumes_from_any_of_them(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "data", {"compare": ["local", "centralised", "personal"], "personal_steps": 2})
+    whole = run_recipe(recipe, tmp_path / "whole")
+    events = len(events_of(tmp_path / "whole"))
+    assert events > 30
+    out = tmp_path / "stopped"
+    for number, step in enumerate((3, 9, 7, 16)):  # one run, stopped four times
+        with pytest.raises(Stopped):
+            run_recipe(recipe, out, resume=number > 0, watcher=KillAt(step))
+        assert [event["n"] for event in events_of(out)] == list(range(len(events_of(out))))
+    result = run_recipe(recipe, out, resume=True)
+    assert without_seconds(result) == without_seconds(whole)
+    assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
+    again = run_recipe(recipe, out, resume=True)  # what is finished is not done again
+    assert without_seconds(again) == without_seconds(whole)
+
+
+@contextmanager
+def killed_after(lines: int, folder: Path, *words: str | Path) -> Iterator[None]:
+    """Start ``mycel``, run the block while it lives, and kill it once its log has so many lines."""
+    events, log = folder / "run" / "events.jsonl", folder / "stderr.txt"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            command(*words), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr
+        )
+        try:
+            while process.poll() is None and (not events.exists() or events.read_bytes().count(b"\n") < lines):
+                time.sleep(0.002)
+            assert process.poll() is None, log.read_text()[-3000:]
+            yield
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "kills"),
+    [
+        ({"engine.workers": 2, "rounds.count": 5, "compare": ["local"]}, (1, 14)),
+        ({"engine.workers": 2, "rounds.count": 9, "rounds.pace": "buffered(2)", **FEEDBACK}, (20,)),
+    ],
+)
+def test_killed_for_real_and_resumed_it_ends_the_same(
+    tmp_path: Path, changes: dict[str, Any], kills: tuple[int, ...]
+) -> None:
+    recipe, out = write_recipe(tmp_path, changes), tmp_path / "run"
+    whole = run_recipe(small_recipe(tmp_path / "data", {**changes, "engine.workers": 0}), tmp_path / "whole")
+    for number, lines in enumerate(kills):
+        with killed_after(lines, tmp_path, "run", recipe, "--out", out, *(["--resume"] if number else [])):
+            pass
+        assert not (out / "result.json").exists()
+    done = mycel("run", recipe, "--out", out, "--resume", "--json", folder=tmp_path)
+    result = json.loads(done.stdout)
+    for key in ("state_sha256", "rounds", "bytes", "final", "dropped"):
+        assert result[key] == whole[key], key
+    events_of(out)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_and_an_interrupt(tmp_path: Path) -> None:
+    changes = {"engine.workers": 2, "rounds.count": 400}
+    recipe, out = write_recipe(tmp_path, changes), tmp_path / "run"
+    with killed_after(2, tmp_path, "run", recipe, "--out", out):
+        with pytest.raises(RunError, match="another run is writing to .*wait for it, or choose another folder"):
+            run_recipe(small_recipe(tmp_path / "data", changes), out, resume=True)
+    events_of(out)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_a_run_soon_and_says_how_to_go_on(tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path, {"engine.workers": 2, "rounds.count": 100_000}), tmp_path / "run"
+    process = subprocess.Popen(
+        command("run", recipe, "--out", out), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (out / "work" / "system.safetensors").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "mycel: stopped; `--resume` goes on from the last round" in errors
+    assert "Traceback" not in errors
+    events_of(out)
+
+
+@contextmanager
+def full_disk(at: int) -> Iterator[None]:
+    """Let no file of this process grow beyond ``at`` bytes, as if the disk were full there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [2_000, 6_000, 16_000, 100_000])
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path, room: int) -> None:
+    """The tokens, the log, the first checkpoint, and the model do not fit, one after another."""
+    recipe = small_recipe(tmp_path / "data", {"rounds.count": 6})
+    whole = run_recipe(recipe, tmp_path / "whole")
+    out = tmp_path / "run"
+    with full_disk(room), pytest.raises(RunError, match="cannot be written: the disk is full.*run again with --resume"):
+        run_recipe(recipe, out)
+    assert not (out / "result.json").exists()
+    events_of(out)
+    assert not [path for path in (out / "work").iterdir() if str(os.getpid()) in path.name]
+    result = run_recipe(recipe, out, resume=True)
+    assert without_seconds(result) == without_seconds(whole)
+
+
+def test_a_log_on_a_full_disk_has_whole_lines_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    with full_disk(1000), pytest.raises(RunError, match="the disk is full"):
+        for number in range(100):
+            log.record("ask", "system", text="x" * number)
+    kept = events_of(tmp_path)
+    assert 0 < len(kept) < 100
+    log.record("ask", "system")
+    log.close()
+    assert [event["n"] for event in events_of(tmp_path)] == list(range(len(kept) + 1))
+
+
+def test_a_torn_last_line_is_mended_when_the_log_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.record("ask", "system")
+    log.close()
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        log = EventLog(path)
+        log.record("ask", "system")
+        log.close()
+        assert [event["n"] for event in events_of(tmp_path)] == [0, 1]
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "data")
+    with (
+        RunFolder(tmp_path / "run").held(recipe, False),
+        pytest.raises(RunError, match="another run is writing to"),
+        RunFolder(tmp_path / "run").held(recipe, True),
+    ):
+        pass
+    with RunFolder(tmp_path / "run").held(recipe, True):
+        pass
+
+
+@pytest.fixture(scope="module")
+def checkpoint(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("checkpoint") / "whole"
+    piece(lab, lab.recipe("fedavg", {**SMALL, "rounds.count": 1, **FEEDBACK}), path, None)
+    return path.read_bytes()
+
+
+Damage = Callable[[bytes], bytes]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+        lambda whole: whole[: len(whole) // 2] + b"\xff" + whole[len(whole) // 2 + 1 :],
+        lambda whole: whole.replace(b"clock", b"cluck", 1),
+        lambda whole: b"\x00" * 200,
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_whatever_is_damaged(tmp_path: Path, checkpoint: bytes, damage: Damage) -> None:
+    path = tmp_path / "system.safetensors"
+    path.write_bytes(damage(checkpoint))
+    with pytest.raises(RunError, match=r"checkpoint .* is damaged .*: remove it to repeat that part of the run"):
+        read_checkpoint(path)
