@@ -98,3 +98,8 @@ def mycel(*words: str | Path, folder: Path, expect: int = 0) -> subprocess.Compl
 def events_of(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run; every line parses."""
     return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without the one entry that differs from run to run."""
+    return {key: value for key, value in result.items() if key != "seconds"}

@@ -13,21 +13,26 @@ Nothing differs from FedAvg but what it is said of, so the file only refuses wha
 pairs of input and output. A recipe sets ``training.objective = "seq2seq"`` and ``trainable.targets = ["q", "v"]``.
 With one party and one round it is centralised LoRA, up to the rounding of ``w + (w' - w)``.
 
-Could not be verified: the thesis's title and author, its epochs, ranks and partitions; the task here is the built-in
-corpus's (a definition in, its description out) and the measure the loss, not ROUGE.
+Could not be verified: the thesis's title and author, its epochs, ranks and partitions, and so whether its centralised
+model takes as many steps in a row as a party or as many as all parties together: the claim measures both. Its task
+here is a sentence that names what a piece of code is about, and its measure the loss, not ROUGE.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from mycel.data.library import PRIVATE_DOMAINS, private_examples
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.models.sizes import SIZES
 from mycel.models.trainable import build_trainable
 from mycel.rounds.laboratory import Measured
+from mycel.rounds.probe import probe_all
 from mycel.rounds.training import batch_loss, make_optimizer
 
 if TYPE_CHECKING:
@@ -40,7 +45,6 @@ T5 = {
     "trainable.targets": ["q", "v"],
     "training.objective": "seq2seq",
     "data.parties": "iid",
-    "rounds.local_steps": 10,
 }
 
 
@@ -82,23 +86,37 @@ def centralised(lab: Laboratory, recipe: Recipe) -> Tensors:
     return trainable.state()
 
 
+def write_topics(path: Path) -> None:
+    """Write a task that a small T5 can learn: a documented definition goes in, one sentence on its topic comes out."""
+    with path.open("w", encoding="utf-8") as file:
+        for domain in PRIVATE_DOMAINS:
+            topic = f"This is about {domain.replace('-', ' ')}."
+            for example in private_examples(domain)[:150]:
+                pair = {"prompt": example.prompt + example.response, "response": topic, "label": domain}
+                file.write(json.dumps(pair) + "\n")
+
+
 def claim(lab: Laboratory) -> Measured:
     """One party is centralised LoRA; four alike parties come within 5 % of it; an answer is as large as A and B."""
-    one = lab.recipe("fedlora_t5", {**T5, "data.count": 1, "rounds.count": 1})
+    write_topics(lab.folder / "topics.jsonl")
+    task = {**T5, "data.source": str(lab.folder / "topics.jsonl"), "data.count": 4, "training.learning_rate": 1e-2}
+    one = lab.recipe("fedlora_t5", {**task, "data.count": 1, "rounds.count": 1, "rounds.local_steps": 20})
     plain, alone = centralised(lab, one), lab.run(one)
     gap = max(float((alone.state.shared[name] - tensor).abs().max()) for name, tensor in plain.items())
-    four = lab.run(lab.recipe("fedlora_t5", {**T5, "data.count": 4}))
-    steps = {"data.count": 4, "rounds.count": 1, "rounds.local_steps": 160}
-    pooled = lab.run(lab.recipe("fedlora_t5", {**T5, **steps}), pooled=True)
-    federated, together = lab.mixture(four), lab.mixture(pooled)
+    four = lab.run(lab.recipe("fedlora_t5", {**task, "rounds.local_steps": 10, "rounds.evaluate_every": 4}))
+    arms = {"system": four}
+    for name, steps in (("in a row", 40), ("together", 160)):
+        recipe = lab.recipe("fedlora_t5", {**task, "rounds.count": 1, "rounds.local_steps": steps})
+        arms[name] = lab.run(recipe, pooled=True)
+    probes = probe_all(arms, lab.place.labour)
+    base, federated, row, together = (probes.mixture(name) for name in ("base", "system", "in a row", "together"))
     width, rank, layers = four.world.base.model.config.d_model, 8, 3 * four.world.base.model.config.num_layers
     predicted = 2 * rank * (width + width) * layers * 4
-    frame = four.meter.total("up", purpose="work") / four.meter.frames("up", purpose="work")
-    framing = frame - predicted
+    framing = four.meter.total("up", purpose="work") / four.meter.frames("up", purpose="work") - predicted
     return Measured(
-        f"one party and centralised LoRA differ by at most {gap:.1e}; four parties reach {federated:.3f} nats,"
-        f" centralised with as many steps as all of them {together:.3f} ({federated / together - 1:+.1%});"
-        f" an answer has {predicted:,} bytes of A and B and {framing:,.0f} of framing",
-        gap < 1e-6 and federated <= 1.05 * together and 0 < framing < 0.1 * predicted,
-        {"gap": gap, "federated": federated, "centralised": together, "framing_bytes": framing},
+        f"one party and centralised LoRA differ by at most {gap:.1e}; four alike parties come from {base:.3f} to"
+        f" {federated:.3f} nats, centralised to {row:.3f} in as many steps in a row and to {together:.3f} in as many as"
+        f" all parties take; an answer has {predicted:,} bytes of A and B and {framing:,.0f} of framing",
+        gap < 1e-6 and federated <= 1.05 * row < 0.9 * base and 0 < framing < 0.1 * predicted,
+        {"gap": gap, "base": base, "federated": federated, "in_a_row": row, "together": together, "framing": framing},
     )

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from mycel.recipe.schema import Recipe
     from mycel.rounds.laboratory import Laboratory
     from mycel.rounds.party import Party
-    from mycel.rounds.simulation import Finished
     from mycel.rounds.world import World
 
 START, ROUND, CUT = "start", "round", "cut"
@@ -147,27 +146,23 @@ def cut_blocks(base: Base, state: Tensors, count: int = 0) -> list[list[str]]:
 
 def claim(lab: Laboratory) -> Measured:
     """Two cycles against sequential full tuning on the same samples; bytes sent; a compressed download."""
-    steps = {"rounds.pace": "sequential", "rounds.count": 10, "rounds.local_steps": 10}
+    steps = {"rounds.pace": "sequential", "rounds.count": 10, "rounds.evaluate_every": 10}
     shared = {**steps, "trainable.kind": "full", "training.learning_rate": 1e-3}
     whole = lab.run(lab.recipe("fedavg", shared))
     blocks = lab.run(lab.recipe("fedcybgd", shared))
-    packed = lab.run(lab.recipe("fedcybgd", {**shared, "knobs": {"download": "topk(0.1)+int8(64)"}}))
+    packed = lab.run(lab.recipe("fedcybgd", {**shared, "knobs": {"download": "int8(64)"}}))
     lora = lab.run(lab.recipe("fedavg", {**steps, "training.learning_rate": 3e-3}))
     gap = blocks.loss() / whole.loss() - 1
     up = blocks.meter.total("up", purpose="work") / whole.meter.total("up", purpose="work")
     down = whole.meter.total("down") / packed.meter.total("down")
     change = packed.loss() / blocks.loss() - 1
-    still = [name for name, tensor in blocks.state.shared.items() if bool((tensor == _start(blocks)[name]).all())]
+    start = blocks.world.starting_state()
+    still = [name for name, tensor in blocks.state.shared.items() if bool((tensor == start[name]).all())]
     return Measured(
         f"on equal samples the loss ends {100 * gap:+.1f} % from full tuning in turns ({blocks.loss():.3f} and "
         f"{whole.loss():.3f}; LoRA {lora.loss():.3f}, untuned {blocks.loss(0):.3f}), with {100 * up:.0f} % of its "
         f"upload and {len(still)} tensors left untouched; a compressed download is {down:.1f} times smaller and "
         f"changes the loss by {100 * change:+.1f} %",
-        gap <= 0.03 and up < 0.3 and not still and blocks.loss() < blocks.loss(0),
+        gap <= 0.03 and up < 1.05 / len(blocks.state.facts[CUT]) and not still and blocks.loss() < blocks.loss(0),
         {"gap": gap, "upload_share": up, "download_ratio": down, "compressed_change": change, "lora": lora.loss()},
     )
-
-
-def _start(finished: Finished) -> Tensors:
-    starting: Any = finished.world.starting_state()
-    return dict(starting)

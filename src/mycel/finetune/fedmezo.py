@@ -117,15 +117,15 @@ def deviations(signals: dict[int, float]) -> dict[str, float]:
 def claim(lab: Laboratory) -> Measured:
     """Loss against first-order FedAvg at one learning rate, personal rates, and the memory of a step."""
     plain = {"training.optimizer": "sgd", "training.clip_norm": 0.0, "training.learning_rate": 0.01}
-    small = {"model.base": "micro", "rounds.count": 4, "rounds.local_steps": 30, "training.batch_size": 4}
+    small = {"model.base": "micro", "rounds.local_steps": 30, "training.batch_size": 4, "rounds.evaluate_every": 4}
     forward = {"training.gradient": "zeroth-order"}
     first = lab.run(lab.recipe("fedavg", {**plain, **small}))
     alike = lab.run(lab.recipe("fedmezo", {**plain, **small, **forward, "knobs": {"signal": "none"}}))
     personal = lab.run(lab.recipe("fedmezo", {**plain, **small, **forward}))
     estimated, exact, inference = step_bytes(lab, personal.world.recipe)
     return Measured(
-        f"four rounds at one learning rate take the held-out loss from {first.loss(0):.3f} to {alike.loss():.3f}, and "
-        f"first-order FedAvg to {first.loss():.3f}; personal learning rates end at {personal.loss():.3f}; a step's "
+        f"four rounds at one learning rate take the held-out loss from {first.loss(0):.4f} to {alike.loss():.4f}, and "
+        f"first-order FedAvg to {first.loss():.4f}; personal learning rates end at {personal.loss():.4f}; a step's "
         f"peak is {estimated / inference:.2f} times inference, where back-propagation takes {exact / inference:.2f}",
         alike.loss() < first.loss() and estimated < 1.1 * inference,
         {

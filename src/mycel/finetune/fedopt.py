@@ -11,8 +11,9 @@ al. 2024, "OpenFedLLM" (catalogue number 21). With D_t the mean change, and D_t^
                  these three: u_0 = tau^2,  w += rate * m_t / (sqrt(u) + tau)         D_t counts parties alike
 
 The first mean is not shortened by ``1 - b1``, and u is fed by the smoothed m_t, where Reddi's published algorithm
-takes D_t: both as in OpenFedLLM. FedAvgM with ``momentum = 0`` is federated averaging. An adaptive rule moves each
-entry by about ``rate`` however small its change, so ``rate`` is a length, unlike FedAvg's ``server_rate``.
+takes D_t: both as in OpenFedLLM. FedAvgM with ``momentum = 0`` is federated averaging. Where changes are much larger
+than tau, an adaptive step does not depend on their scale: ``rate`` is a length. An entry moves by at most ``rate`` in
+a round with FedAdagrad, and by at most ``rate / sqrt(1 - b2)`` with the others, whose u starts low.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class FedAvgM(FedAvg):
 class AdagradKnobs(Knobs):
     """Settings of FedAdagrad."""
 
-    server_rate: float = Field(1e-3, gt=0, description="eta, how far an entry moves at most in a round")
-    tau: float = Field(1e-3, gt=0, description="size of a change below which steps are shortened")
+    server_rate: float = Field(1e-3, gt=0, description="eta, length of a step where changes exceed tau")
+    tau: float = Field(1e-3, gt=0, description="size of an entry's change below which its step is shortened")
 
 
 class MomentKnobs(AdagradKnobs):
@@ -128,14 +129,17 @@ def smoothed(before: Tensors, change: Tensors, kept: float) -> Tensors:
 
 
 def claim_momentum(lab: Laboratory) -> Measured:
-    """With two of six parties a round, successive server steps agree more than FedAvg's; the end beats tuning alone."""
-    changes = {"rounds.count": 6, "rounds.cohort": 0.34, "rounds.evaluate_every": 100}
+    """With half the parties a round, successive server steps agree more than FedAvg's; the end beats tuning alone.
+
+    The velocity is kept by a half, since the usual 0.9 looks back further than these six rounds.
+    """
+    changes = {"rounds.count": 6, "rounds.cohort": 0.5, "rounds.evaluate_every": 100}
     lab.run(lab.recipe("fedavg", changes), watch=(plain := Trail()))
-    finished = lab.run(lab.recipe("fedavgm", changes), watch=(steady := Trail()))
+    finished = lab.run(lab.recipe("fedavgm", {**changes, "knobs": {"momentum": 0.5}}), watch=(steady := Trail()))
     zigzag, straight = (
         fmean(cosine(before, after) for before, after in pairwise(trail.steps())) for trail in (plain, steady)
     )
-    loss, alone = lab.mixture(finished), _alone(lab, {"rounds.local_steps": 10})
+    loss, alone = lab.mixture(finished), _alone(lab, {"rounds.local_steps": 15})
     return Measured(
         f"mean cosine of successive server steps {straight:.3f} against FedAvg's {zigzag:.3f}; "
         f"loss on the mixture {loss:.4f}, alone {alone:.4f}",
@@ -144,7 +148,12 @@ def claim_momentum(lab: Laboratory) -> Measured:
     )
 
 
-PLAIN_PARTIES = {"training.optimizer": "sgd", "training.learning_rate": 0.5, "rounds.evaluate_every": 100}
+PLAIN_PARTIES = {
+    "training.optimizer": "sgd",
+    "training.learning_rate": 0.5,
+    "training.batch_size": 4,
+    "rounds.evaluate_every": 100,
+}
 
 
 def claim_adagrad(lab: Laboratory) -> Measured:
@@ -164,15 +173,19 @@ def claim_adagrad(lab: Laboratory) -> Measured:
 
 
 def claim_adam(lab: Laboratory) -> Measured:
-    """A tenfold smaller step at the parties changes the outcome less than FedAvg's; the end beats tuning alone."""
+    """A tenfold smaller step at the parties changes the outcome less than FedAvg's; the end beats tuning alone.
+
+    So that changes exceed it at either step, tau is 1e-5.
+    """
+    changes = PLAIN_PARTIES | {"rounds.count": 3}
     spread, losses = {}, []
-    for name, knobs in (("fedavg", {}), ("fedadam", {"server_rate": 0.005})):
+    for name, knobs in (("fedavg", {}), ("fedadam", {"tau": 1e-5})):
         ends = []
         for rate in (0.5, 0.05):
-            recipe = lab.recipe(name, {**PLAIN_PARTIES, "training.learning_rate": rate, "knobs": knobs})
+            recipe = lab.recipe(name, {**changes, "training.learning_rate": rate, "knobs": knobs})
             ends.append(lab.mixture(lab.run(recipe)))
         spread[name], losses = abs(ends[0] - ends[1]), ends
-    alone = _alone(lab, PLAIN_PARTIES | {"rounds.local_steps": 20})
+    alone = _alone(lab, changes | {"rounds.local_steps": 15})
     return Measured(
         f"parties' rates 0.5 and 0.05 end {spread['fedadam']:.4f} nats apart, with FedAvg {spread['fedavg']:.4f}; "
         f"loss on the mixture {losses[0]:.4f}, alone {alone:.4f}",

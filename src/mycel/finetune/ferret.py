@@ -14,7 +14,8 @@ sqrt(d_l / K_l), which asks for less. The published script sets 10 together with
 
 K counts all coordinates of an answer, so that bytes do not follow the model's size; the script gives the block of the
 largest norm K of them and the others in proportion. Whether the paper draws new directions every round could not be
-verified; here every round has its own. Factors below the paper's headline could not be verified either.
+verified; here every round has its own. By what
+exact factors the paper's rounds and computation shrink could not be verified.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.fedavg import FedAvg
+from mycel.finetune.fedkseed import round_bytes
 from mycel.rounds.algebra import add, norm, subtract
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.projection import allot, flatten, partition, project, reconstruct, unflatten
@@ -191,19 +193,20 @@ def _parts(table: Tensors) -> Sequence[Tensor]:
 
 
 def claim(lab: Laboratory) -> Measured:
-    """Rounds to a loss against FedKSeed on the whole model, at similar bytes; and FedAvg's bytes and loss."""
-    full = {"trainable.kind": "full", "training.optimizer": "sgd", "training.learning_rate": 0.1}
-    first = {**full, "model.base": "micro", "rounds.count": 3, "rounds.local_steps": 40}
-    ferret = lab.run(lab.recipe("ferret", first))
+    """One round against five of FedKSeed at similar bytes, all weights trained; FedAvg's loss and bytes."""
+    small = {"model.base": "micro", "data.parties": "iid", "data.count": 2, "training.batch_size": 4}
+    first = {**small, "trainable.kind": "full", "training.optimizer": "sgd", "rounds.local_steps": 40}
+    first |= {"training.learning_rate": 0.1, "rounds.count": 2}
+    seeds = {"training.gradient": "zeroth-order", "training.clip_norm": 0.0, "training.learning_rate": 3e-4}
+    ferret = lab.run(lab.recipe("ferret", {**first, "knobs": {"coordinates": 2048}}))
     averaged = lab.run(lab.recipe("fedavg", first))
-    seeds = {"training.gradient": "zeroth-order", "training.clip_norm": 0.0, "training.learning_rate": 1e-3}
-    kseed = lab.run(lab.recipe("fedkseed", {**first, **seeds, "rounds.count": 5, "rounds.local_steps": 200}))
-    print(
-        ferret.loss(0),
-        ferret.loss(1),
-        ferret.loss(),
-        averaged.loss(1),
-        averaged.loss(),
-        [kseed.loss(i) for i in range(6)],
+    replayed = lab.run(lab.recipe("fedkseed", {**first, **seeds, "rounds.count": 5, "rounds.local_steps": 200}))
+    best = min(replayed.loss(version) for version in range(1, 6))
+    traffic = [sum(round_bytes(run)[-1:]) for run in (ferret, replayed, averaged)]
+    return Measured(
+        f"from {ferret.loss(0):.3f}, one round of 40 steps reaches a held-out loss of {ferret.loss(1):.3f} and two "
+        f"{ferret.loss():.3f}; the best of five FedKSeed rounds of 200 steps {best:.3f}, two FedAvg rounds "
+        f"{averaged.loss():.3f}; bytes per party and round are {traffic[0]:,}, {traffic[1]:,} and {traffic[2]:,}",
+        ferret.loss(1) < best and traffic[0] < 1.1 * traffic[1] and traffic[0] * 100 < traffic[2],
+        {"one_round": ferret.loss(1), "fedkseed": best, "fedavg": averaged.loss(), "bytes": traffic[0]},
     )
-    raise SystemExit

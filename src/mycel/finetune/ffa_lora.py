@@ -13,7 +13,8 @@ for privacy enters the change linearly, where noise on both factors has a produc
 A does not travel: each party draws it from the recipe's seed and keeps the leading rows of its rank. Only where a run
 starts from a given state is A sent along. Knobs are those of federated averaging.
 
-Parties of unlike ranks are not in the paper; here they train the leading columns of B, and the average stays exact.
+Parties of unlike ranks are not in the paper; here they train the leading columns of B. The average of the changes stays
+exact, though a party of low rank computes with fewer columns than the common model has.
 The paper's private training (per-example clipping, Gaussian noise, an accountant) is no part of this file; the claim
 measures only how noise on what travels grows in the effective change.
 """

@@ -166,18 +166,18 @@ class FloraStacking(FedAvg):
 
 
 def claim(lab: Laboratory) -> Measured:
-    """Stacking ranks 1 to 32 loses nothing where padding with zeros does; three seeds' losses beside each other."""
-    mixed: dict[str, Any] = {"trainable.rank": RANKS}
+    """Stacking ranks 1 to 32 loses nothing where padding with zeros does, and the loss is lower, on two seeds."""
+    mixed: dict[str, Any] = {"trainable.rank": RANKS, "rounds.evaluate_every": 100}
     names = ("flora_stacking", "fedavg")
     errors = {name: max(aggregation_errors(lab.world(lab.recipe(name, mixed)), 2)) for name in names}
     gains = []
-    for seed in (1, 2, 3):
-        stacked, padded = (lab.mixture(lab.run(lab.recipe(name, {**mixed, "seed": seed}))) for name in names)
+    for seed in (1, 2):
+        stacked, padded = (lab.run(lab.recipe(name, {**mixed, "seed": seed})).loss() for name in names)
         gains.append(padded - stacked)
     text = ", ".join(f"{gain:.3f}" for gain in gains)
     return Measured(
         f"aggregation error {errors['flora_stacking']:.1e} against {errors['fedavg']:.2f} with zero-padding; loss "
-        f"lower than zero-padding's by {text} nats (seeds 1, 2, 3)",
+        f"lower than zero-padding's by {text} nats (seeds 1, 2)",
         errors["flora_stacking"] < 1e-5 < 1e-2 < errors["fedavg"] and min(gains) > 0,
         {"error": errors["flora_stacking"], "padding_error": errors["fedavg"], "least_gain": min(gains)},
     )

@@ -11,7 +11,8 @@ correction is a step of its own after the optimiser's, and so does not pass thro
 
 ``rate`` is the local learning rate and K counts all parties, so c stays the mean of the c_k. All control variates
 begin at zero, so the first round is that of federated averaging, and a lonely party is never corrected. An answer
-that is lost after its party has moved c_k leaves c behind by that much.
+that is lost after its party has moved c_k, or coded with loss, leaves c behind by that much. A variate carries the
+noise of H batches: where noise outweighs what parties differ by, as with few steps of Adam, agreement falls instead.
 """
 
 from __future__ import annotations

@@ -99,5 +99,12 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 def run_virtual(program: Coroutine[Any, Any, T], start: float = 0.0) -> T:
     """Run ``program`` to its end on a virtual clock that begins at ``start`` seconds."""
+    results: list[T] = []
+
+    async def kept_apart() -> None:
+        # The runner formats its task, result and all, when it puts signal handlers back: a model takes long to print.
+        results.append(await program)
+
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(start)) as runner:
-        return runner.run(program)
+        runner.run(kept_apart())
+    return results[0]

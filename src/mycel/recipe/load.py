@@ -63,9 +63,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Recip
         return RecipeError(f"{where} has the unknown key {'.'.join(keys)!r}: {hint}")
     found = fault.get("input")
     shown = keys[:2] if len(keys) > 2 else keys
-    return RecipeError(
-        f"{where}: {'.'.join(shown)} is {str(found)[:60]!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
-    )
+    wanted = "it is a section, with keys of its own" if fault["type"] == "model_type" else fault["msg"]
+    return RecipeError(f"{where}: {'.'.join(shown)} is {repr(found)[:60]}; {wanted[0].lower()}{wanted[1:]}")
 
 
 def _known(model: type[BaseModel], path: Sequence[str]) -> list[str]:

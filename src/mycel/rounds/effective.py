@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mycel.catalog import load_system
 from mycel.models.trainable import Trainable
 from mycel.rounds.algebra import norm, subtract, weighted_mean
 from mycel.rounds.party import Party
-from mycel.rounds.system import Answer, State
+from mycel.rounds.system import Answer, State, System
 from mycel.rounds.training import TrainingResult
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel, Tensors
@@ -77,31 +78,42 @@ def aggregation_errors(world: World, rounds: int) -> list[float]:
     The gap is between what the parties' trained models compute with, weighted by examples, and what the coordinator's
     model computes with after the round; so it counts whatever is lost on the way, by any mechanism.
     """
-    from mycel.catalog import load_system
-
     system = load_system(world.recipe)
-    state: State = system.begin(world)
+    state = system.begin(world)
     homes: dict[int, Tensors] = {}
     errors = []
     for version in range(rounds):
-        answers, trained = [], []
-        for node in range(len(world.nodes)):
-            party = _watch(world.site.party(node, version, homes.get(node)))
-            answer = system.work(_brief(system.abridge(system.brief(state, node), state, node), version), party)
-            homes[node] = party.personal
-            answers.append(Answer(node, answer, party.samples, 0, float(party.samples)))
-            trained.append(party.trained[0])
+        answers, trained = play_round(world, system, state, version, homes)
         state = system.step(state, system.combine(state, answers))
-        found = system.adopt(_brief(system.brief(state, -1), version + 1), world.observer(-1, version + 1))
+        found = system.adopt(_dated(system.brief(state, -1), version + 1), world.observer(-1, version + 1))
         errors.append(relative_gap(effective(found), weighted_mean(trained, [answer.weight for answer in answers])))
     return errors
+
+
+def play_round(
+    world: World, system: System, state: State, version: int, homes: dict[int, Tensors]
+) -> tuple[list[Answer], list[Tensors]]:
+    """Let every party work once in this process; return the answers and what each trained model changes.
+
+    ``homes`` is what the parties keep from round to round; it is brought up to date.
+    """
+    answers, trained = [], []
+    for node in range(len(world.nodes)):
+        party = _watch(world.site.party(node, version, homes.get(node)))
+        brief = system.abridge(system.brief(state, node), state, node)
+        answer = system.work(_dated(brief, version), party)
+        system.inspect(state, node, answer)
+        homes[node] = party.personal
+        answers.append(Answer(node, answer, party.samples, 0, float(party.samples)))
+        trained.append(party.trained[0])
+    return answers, trained
 
 
 def _watch(party: Party) -> Watched:
     return Watched(**{about.name: getattr(party, about.name) for about in fields(party)})
 
 
-def _brief(brief: Parcel, version: int) -> Parcel:
+def _dated(brief: Parcel, version: int) -> Parcel:
     return Parcel(brief.kind, {**brief.header, "version": version}, brief.tensors)
 
 

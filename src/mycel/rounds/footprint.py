@@ -51,7 +51,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """Return the most bytes that tensors made by ``work`` hold at once."""
     with Footprint() as footprint:
         work()
-    return footprint.peak
+    peak: int = footprint.peak
+    return peak
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
