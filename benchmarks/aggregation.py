@@ -3,8 +3,8 @@
 Six parties hold ranks 1, 2, 4, 8, 16 and 32. Every system runs the same rounds on the same data; the aggregation error
 of a round is the distance between what the parties' trained models compute with and what the common model computes
 with afterwards, relative to the former. Plain averaging pads the factors with zeros. LoRA-A2 takes the ranks as
-budgets within rank 32; FLASC keeps rank 32 and sends the share that a party's rank is of it, with a server that
-takes the mean change as it is.
+budgets within rank 32; in FLASC all hold rank 32 and a party sends the share of entries that its rank is of it, to a
+server that takes the mean change as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora_a2": {"trainable.rank": RANKS},
     "flasc": {
         "trainable.rank": max(RANKS),
-        "knobs": {"download": SHARES, "upload": SHARES, "server": "sgd", "server_rate": 1.0},
+        "knobs": {"upload": SHARES, "server": "sgd", "server_rate": 1.0},
     },
 }
 LABELS = {

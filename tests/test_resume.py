@@ -246,12 +246,20 @@ def test_killed_for_real_and_resumed_it_ends_the_same(
 def test_an_interrupt_ends_a_run_soon_and_says_how_to_go_on(tmp_path: Path) -> None:
     recipe, out = write_recipe(tmp_path, {"engine.workers": 2, "rounds.count": 100_000}), tmp_path / "run"
     process = subprocess.Popen(
-        command("run", recipe, "--out", out), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        command("run", recipe, "--out", out),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
     )
-    while process.poll() is None and not (out / "work" / "system.safetensors").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and not (out / "work" / "system.safetensors").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "mycel: stopped; `--resume` goes on from the last round" in errors
     assert "Traceback" not in errors

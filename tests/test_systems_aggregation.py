@@ -490,7 +490,7 @@ def test_sparse_bytes_follow_the_formulas(runs: Callable[..., Finished]) -> None
     for node in range(3):
         close(flasc.meter.total("down", node, "work") // 2, int(entries * 0.5 * (4 + width)), 2)
         close(flasc.meter.total("up", node, "work") // 2, int(entries * 0.125 * (4 + width)), 2)
-        close(flasc.meter.total("down", node, "deliver"), entries * 4, 2 * size["layers"])
+        close(flasc.meter.total("down", node, "deliver"), int(entries * 0.5 * (4 + width)), 2)
     thrifty, lavish = (runs("lora_a2", knobs={"budget": budget}) for budget in (1, 4))
     for node in range(3):
         # All four slices of every layer: B in the first round, A in the second.

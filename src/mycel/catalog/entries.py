@@ -155,7 +155,7 @@ ENTRIES: tuple[Entry, ...] = (
         "fedopt",
         "FedAdam",
         _OPENFEDLLM,
-        "an adaptive server evens out what plain averaging leaves uneven, and beats tuning alone",
+        "an adaptive server depends less on the step that parties take at home, and beats tuning alone",
         "claim_adam",
     ),
     _tuned(
@@ -187,7 +187,8 @@ ENTRIES: tuple[Entry, ...] = (
         95,
         "flexlora",
         "FlexLora",
-        "Bai et al. 2024, Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+        "Bai et al. 2024, Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
+        "Resources",
         "parties of high rank are not held back by those of low rank",
     ),
     _tuned(

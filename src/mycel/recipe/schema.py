@@ -94,7 +94,7 @@ class Wire(Section):
 class Guard(Section):
     """What protects what leaves."""
 
-    clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of what a party sends; 0: none")
+    clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of a party's update; 0: none")
 
 
 class FleetSpec(Section):

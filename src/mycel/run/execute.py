@@ -203,8 +203,8 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, watcher: Watcher
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse what can be refused before any work starts."""
-    load_system(recipe)
     parse_pace(recipe.rounds.pace, recipe.rounds.quorum)
+    load_system(recipe)
     parse_codec(recipe.wire.codec)
     parse_codec(recipe.wire.brief_codec)
     load_fleet(recipe.fleet.devices)
