@@ -180,7 +180,7 @@ RECIPES: dict[str, tuple[str, bytes | None, list[str]]] = {
 def test_a_recipe_that_is_none_is_refused(sentence: Sentence, tmp_path: Path, fault: str) -> None:
     name, content, parts = RECIPES[fault]
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name.partition(":")[0]).write_bytes(content)
     if name == ".toml":
         (tmp_path / name).mkdir()
     for verb in ("run", "plan"):
@@ -256,7 +256,7 @@ def test_folders_that_do_not_fit_are_refused(sentence: Sentence, tmp_path: Path)
     assert "holds a run of another recipe" in other
     assert "same recipe and overrides" in other
     (tmp_path / "file").touch()
-    assert "cannot be written: file exists" in sentence("run", recipe, "--out", "file")
+    assert "cannot be written: not a directory" in sentence("run", recipe, "--out", "file")
     assert (tmp_path / "run" / "result.json").read_bytes() == before
     checkpoint = tmp_path / "run" / "work" / "system.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mycel.catalog import ENTRIES
+from mycel.catalog import ENTRIES, load_system
 from mycel.engines.inprocess import Labour
 from mycel.engines.pool import Reply
 from mycel.errors import RecipeError, RunError
@@ -96,7 +96,9 @@ class Scene:
 
 
 def scene_of(lab: Laboratory, changes: dict[str, Any]) -> Scene:
-    world = lab.world(lab.recipe("fedavg", {"rounds.count": 3, **SMALL, **changes}))
+    recipe = lab.recipe("fedavg", {"rounds.count": 3, **SMALL, **changes})
+    load_system(recipe)
+    world = lab.world(recipe)
     return Scene(f"claim-{lab._count}", world, Remembering(lab.place.labour))
 
 

@@ -156,6 +156,8 @@ def test_report_and_compare_read_the_folders(place: Path, result: dict[str, Any]
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     rows = json.loads(mycel("compare", "run", "run", "--json", folder=place).stdout)
     assert len(rows) == 2
+    names = {row.pop("run") for row in rows}
+    assert len(names) == 2  # told apart
     assert rows[0] == rows[1]
     assert str(result["seed"]) in json.dumps(rows[0])
     done = mycel("compare", "run", "run", "--out", "page.html", folder=place)

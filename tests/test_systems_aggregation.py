@@ -24,6 +24,7 @@ from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.party import Party
 from mycel.rounds.simulation import Finished
 from mycel.rounds.system import Answer, Outcome, State, System, group
+from mycel.run.execute import check_recipe
 from mycel.testing.bases import random_base
 from mycel.wire.parcel import Parcel, Tensors
 
@@ -298,6 +299,11 @@ def test_a_lost_home_is_noticed(runs: Callable[..., Finished]) -> None:
     part = system.abridge(system.brief(state, 0), state, 0)
     with pytest.raises(ParcelError, match="home was lost"):
         system.adopt(part, finished.world.site.party(0, 2))
+
+
+def test_the_personal_arm_is_refused_where_nothing_is_left_to_train_on() -> None:
+    with pytest.raises(RecipeError, match="leave 'personal' out"):
+        check_recipe(Recipe().replace({"system": "flora_stacking", "compare": ["personal"]}))
 
 
 # FLASC

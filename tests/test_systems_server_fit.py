@@ -144,8 +144,8 @@ def test_the_fit_moves_the_state_after_each_average_and_is_repeatable(
 
 
 def test_distilling_brings_the_small_model_nearer_to_its_teacher(lab: Laboratory, folders: dict[str, str]) -> None:
-    knobs = {"large": folders["large"], "distillation_steps": 30, "public_examples": 4}
-    system = FedPT(recipe_of(lab, folders, {"knobs": knobs, "training.learning_rate": 1e-2}))
+    knobs = {"large": folders["large"], "distillation_steps": 30, "distillation_rate": 1e-2, "public_examples": 4}
+    system = FedPT(recipe_of(lab, folders, {"knobs": knobs}))
     server, shared = system.server, system.server.expert.initial(0)
     learnt = server.distil(shared, seed=1)
     batch = server.public.batch(list(range(4)), 0)

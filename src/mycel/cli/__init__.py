@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+INTERRUPTED = 130  # the exit status that typer makes of a keyboard interrupt
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 RecipeName = Annotated[str, typer.Argument(help="A built-in name, a TOML file, or file.py:function.", metavar="RECIPE")]
@@ -35,9 +36,10 @@ def main() -> None:
     except MycelError as error:
         print(f"mycel: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("mycel: stopped; `--resume` goes on from the last round", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("mycel: stopped; `--resume` goes on from the last round", file=sys.stderr)
+        raise
 
 
 def _print_json(content: Any) -> None:

@@ -64,13 +64,16 @@ class State:
         tensors = with_role("shared", self.shared) | with_role("base", self.base) | with_role("server", self.server)
         for node, own in sorted(self.parties.items()):
             tensors |= with_role(f"party.{node}", own)
-        return Parcel("state", {"facts": self.facts, "parties": sorted(self.parties)}, tensors)
+        # The order of names is kept, for a sum over them has to come to the same bits after a run was resumed.
+        header = {"facts": self.facts, "parties": sorted(self.parties), "names": list(tensors)}
+        return Parcel("state", header, tensors)
 
     @classmethod
     def from_parcel(cls, parcel: Parcel) -> State:
         """Inverse of ``to_parcel``."""
-        parties = {int(node): group(parcel.tensors, f"party.{node}") for node in parcel.header.get("parties", [])}
-        roles = {role: group(parcel.tensors, role) for role in ("shared", "base", "server")}
+        tensors = {name: parcel.tensors[name] for name in parcel.header.get("names", parcel.tensors)}
+        parties = {int(node): group(tensors, f"party.{node}") for node in parcel.header.get("parties", [])}
+        roles = {role: group(tensors, role) for role in ("shared", "base", "server")}
         return cls(parties=parties, facts=parcel.header.get("facts", {}), **roles)
 
     def sha256(self) -> str:
@@ -136,12 +139,15 @@ class System:
         Header keys that may leave a party; numbers or lists of numbers only.
     paces : tuple of str
         Paces under which the mechanism is sound.
+    moves_base : bool
+        Whether the result is a change of the base rather than a state that training could go on from.
     """
 
     Knobs: ClassVar[type[Knobs]] = Knobs
     leaves: ClassVar[tuple[str, ...]] = ("update",)
     reports: ClassVar[tuple[str, ...]] = ("samples", "loss")
     paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
+    moves_base: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

@@ -204,7 +204,11 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, watcher: Watcher
 def check_recipe(recipe: Recipe) -> None:
     """Refuse what can be refused before any work starts."""
     parse_pace(recipe.rounds.pace, recipe.rounds.quorum)
-    load_system(recipe)
+    if load_system(recipe).moves_base and "personal" in recipe.compare:
+        raise RecipeError(
+            f"compare lists 'personal', which goes on from the federation's trained state, and the system "
+            f"{recipe.system!r} merges what it trains into the base: leave 'personal' out"
+        )
     parse_codec(recipe.wire.codec)
     parse_codec(recipe.wire.brief_codec)
     load_fleet(recipe.fleet.devices)

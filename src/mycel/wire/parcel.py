@@ -88,7 +88,8 @@ class Parcel:
         except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
             raise ParcelError(f"the frame's tensors are damaged: {error}; ask for it again") from error
         tensors = _decode(parts, envelope, limits)
-        return cls(envelope["kind"], envelope.get("header", {}), tensors)
+        # The reader hands tensors over in an order that is another each time; whoever sums over names would see it.
+        return cls(envelope["kind"], envelope.get("header", {}), dict(sorted(tensors.items())))
 
 
 def check_name(name: str) -> None:
