@@ -84,19 +84,17 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(interval: float = 0.25) -> Iterator[Peak]:
-    """Sample the memory of the process tree while the block runs; shared pages count once."""
+def peak_memory(interval: float = 0.5, itself: bool = True) -> Iterator[Peak]:
+    """Sample the memory of all processes below this one, and ``itself``, while the block runs."""
     peak, stop = Peak(), threading.Event()
 
     def sample() -> None:
         while not stop.wait(interval):
             total = count = 0
-            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss
-                    count += 1
-                except psutil.Error:
-                    continue
+            below = psutil.Process().children(recursive=True)
+            for process in [psutil.Process(), *below] if itself else below:
+                total += proportional_bytes(process.pid)
+                count += 1
             if total > peak.bytes:
                 peak.bytes, peak.processes = total, count
 
@@ -107,6 +105,15 @@ def peak_memory(interval: float = 0.25) -> Iterator[Peak]:
     finally:
         stop.set()
         thread.join()
+
+
+def proportional_bytes(pid: int) -> int:
+    """Proportional memory of a process; 0 once it is gone. The kernel's summary is cheap, its full list is not."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 @contextmanager
