@@ -4,7 +4,8 @@ Six parties hold ranks 1, 2, 4, 8, 16 and 32. Every system runs the same rounds 
 of a round is the distance between what the parties' trained models compute with and what the common model computes
 with afterwards, relative to the former. Plain averaging pads the factors with zeros. LoRA-A2 takes the ranks as
 budgets within rank 32; in FLASC all hold rank 32 and a party sends the share of entries that its rank is of it, to a
-server that takes the mean change as it is.
+server that takes the mean change as it is. FFA-LoRA's error grows with the rounds although its changes add up exactly:
+a party of low rank computes with fewer columns than the common model has.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def _dirichlet(labels: Sequence[str], parties: int, skew: float, random: Generat
 
 
 def _deal(indices: Indices, shares: NDArray[np.float64]) -> list[Indices]:
-    cuts = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
-    return np.split(indices, np.minimum(cuts, len(indices)))
+    cuts = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(np.int64).tolist()
+    return np.split(indices, [min(cut, len(indices)) for cut in cuts])
 
 
 def _fill_empty(held: list[Indices]) -> None:
