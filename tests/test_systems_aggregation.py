@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,8 @@ def test_product_svd_is_that_of_the_product() -> None:
         up, down = torch.randn(outputs, rank, generator=source), torch.randn(rank, inputs, generator=source)
         left, values, right = product_svd(up, down)
         product = (up.double() @ down.double()).numpy()
-        assert np.allclose((left * values) @ right, product, atol=1e-10)
-        assert np.allclose(values.numpy(), np.linalg.svd(product, compute_uv=False)[: len(values)], atol=1e-10)
+        assert np.abs(((left * values) @ right).numpy() - product).max() < 1e-10
+        assert np.abs(values.numpy() - np.linalg.svd(product, compute_uv=False)[: len(values)]).max() < 1e-10
 
 
 @pytest.mark.parametrize("split", ["up", "even"])
@@ -194,7 +195,7 @@ def test_flexlora_is_exact_when_ranks_suffice_and_keeps_idle_directions_alive() 
     low = resize_rank(random_lora(3, 1), 8)
     shared = system.combine(State(shared=random_lora(8, 2)), [answer(0, low)]).shared
     for path in LAYERS:
-        assert np.allclose(dense_mean([shared], [1.0], path), dense_mean([low], [1.0], path), atol=1e-5)
+        assert np.abs(dense_mean([shared], [1.0], path) - dense_mean([low], [1.0], path)).max() < 1e-5
         assert bool((shared[f"{path}.lora_A"].norm(dim=1) > 0.1).all()), "a row of zeros could never learn again"
 
 
@@ -337,7 +338,7 @@ def test_flasc_keeps_the_largest_over_all_factors(density: float) -> None:
     flat = flatten(state)
     back = unflatten(unpack(pack(flat, density), density, flat.numel()), state)
     kept = flatten(back)
-    count = int(np.ceil(density * flat.numel()))
+    count = math.ceil(density * flat.numel())
     assert int((kept != 0).sum()) == count
     assert torch.equal(kept[kept != 0], flat[kept != 0])
     assert float(flat[kept == 0].abs().max() if count < flat.numel() else 0) <= float(kept[kept != 0].abs().min())
@@ -351,7 +352,7 @@ def test_flasc_party_trains_what_it_was_not_sent(lab: Laboratory) -> None:
     brief = system.abridge(system.brief(state, 0), state, 0)
     sent = flatten(system.adopt(brief, party).state())
     change = group(system.work(brief, party).tensors, "update")["values"]
-    assert int((sent != 0).sum()) == int(np.ceil(0.1 * len(sent)))
+    assert int((sent != 0).sum()) == math.ceil(0.1 * len(sent))
     assert float((change[sent == 0] != 0).double().mean()) > 0.3
 
 

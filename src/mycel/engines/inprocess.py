@@ -69,6 +69,7 @@ class InProcessEngine:
         start = self.kept.get(request.node, b"") if home is None else home
         self._pending[request.generation] = Pending(request, start)
         work = self.labour.submit(self.arm, request.node, request.frame, start)
+        work.add_done_callback(_take_notice)
         life = _loop().create_task(self._live(request, work))
         self._lives.add(life)
         life.add_done_callback(self._lives.discard)
@@ -137,6 +138,12 @@ class InProcessEngine:
         for life in list(self._lives):
             life.cancel()
         await asyncio.gather(*self._lives, return_exceptions=True)
+
+
+def _take_notice(work: asyncio.Future[Reply]) -> None:
+    """Look at a failure that nobody may wait for any more, or asyncio prints it when the engine was closed."""
+    if not work.cancelled():
+        work.exception()
 
 
 def _loop() -> VirtualLoop:

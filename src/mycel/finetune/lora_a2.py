@@ -212,7 +212,7 @@ def _rows(factor: Mapping[str, Tensor], numbers: Tensor) -> list[Tensor]:
 
 def claim(lab: Laboratory) -> Measured:
     """At budgets of 1 slice a layer: no aggregation error, and a lower loss than plain LoRA and FFA-LoRA of rank 1."""
-    common = {"rounds.count": 6, "rounds.evaluate_every": 100}
+    common = {"rounds.count": 12, "rounds.evaluate_every": 100}
     ours: dict[str, Any] = {**common, "trainable.rank": 8, "knobs": {"budget": 1}}
     rank_1: dict[str, Any] = {**common, "trainable.rank": 1}
     even = {**ours, "knobs": {"budget": 1, "ratio": 1.0}}
