@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Protocol
@@ -84,6 +85,12 @@ class _Worker:
     connection: Connection
     process: multiprocessing.process.BaseProcess
     opened: set[str] = field(default_factory=set)
+
+
+def prepare(preload: str) -> None:
+    """Start the server that workers are forked from; it imports ``preload`` while this process does other things."""
+    multiprocessing.set_forkserver_preload([preload])
+    forkserver.ensure_running()
 
 
 class WorkerPool:

@@ -228,10 +228,10 @@ def claim(lab: Laboratory) -> Measured:
     weights = 4 * sum(parameter.numel() for parameter in finished["plain"].world.base.model.parameters())
     share = up["lora_a2"] / finished["lora_a2"].meter.frames("up", purpose="work") / weights
     return Measured(
-        f"aggregation error {errors['lora_a2']:.1e} against {errors['plain']:.2f} for plain averaging; with two slices a "
-        f"layer the loss is {loss['lora_a2']:.3f} (with equal rates {loss['even']:.3f}) at "
-        f"{up['lora_a2'] / up['plain']:.2f} times the upload of plain LoRA's rank 1, which reaches {loss['plain']:.3f}; "
-        f"FFA-LoRA of rank 2 {loss['ffa']:.3f}; an upload is {share:.2%} of all weights",
+        f"aggregation error {errors['lora_a2']:.1e} against {errors['plain']:.2f} for plain averaging; with two "
+        f"slices a layer the loss is {loss['lora_a2']:.3f} (with equal rates {loss['even']:.3f}) at "
+        f"{up['lora_a2'] / up['plain']:.2f} times the upload of plain LoRA's rank 1, which reaches "
+        f"{loss['plain']:.3f}; FFA-LoRA of rank 2 {loss['ffa']:.3f}; an upload is {share:.2%} of all weights",
         errors["lora_a2"] < 1e-5 < errors["plain"] and loss["lora_a2"] < min(loss["plain"], loss["ffa"]),
         {"error": errors["lora_a2"], "plain_error": errors["plain"], "upload_share": share, **loss},
     )
