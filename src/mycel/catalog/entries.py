@@ -59,7 +59,7 @@ ENTRIES: tuple[Entry, ...] = (
         "local",
         "Local",
         "baseline: each party alone",
-        "nothing is shared, so nothing is gained",
+        "after one round, FedAvg is the mean of what parties learn alone",
     ),
     _tuned(
         "fedpt",
