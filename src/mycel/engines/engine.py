@@ -21,6 +21,9 @@ class Request:
         When it was sent, in the engine's seconds.
     seconds : float
         Predicted compute seconds; simulated engines take exactly this long, real ones ignore it.
+    ready : float, optional
+        For a node that works ahead of its briefs: when the answer that it made after the one before is done. It leaves
+        then, and the ``seconds`` of this brief's work pass while it travels. None: the answer is made from this brief.
     """
 
     node: int
@@ -28,6 +31,7 @@ class Request:
     frame: bytes
     asked: float
     seconds: float
+    ready: float | None = None
 
 
 @dataclass(frozen=True)

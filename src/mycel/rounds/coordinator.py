@@ -55,6 +55,7 @@ class Progress:
     scores: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
+    busy: dict[int, float] = field(default_factory=dict)  # until when nodes that work ahead are at it
 
 
 @dataclass
@@ -149,9 +150,11 @@ class Coordinator:
 
     def _ask(self, node: int, brief: Parcel) -> None:
         frame = brief.to_bytes(parse_codec(self.world.recipe.wire.brief_codec))
-        seconds = self.world.compute_seconds(node, brief.kind == "work", int("evaluate" in brief.header))
+        steps = int(brief.header.get("steps", self.world.recipe.rounds.local_steps)) if brief.kind == "work" else 0
+        seconds = self.world.compute_seconds(node, steps, int("evaluate" in brief.header))
         self.progress.generation += 1
-        request = Request(node, self.progress.generation, frame, self.engine.now(), seconds)
+        ready = self.progress.busy.get(node, 0.0) if self.system.ahead and brief.kind == "work" else None
+        request = Request(node, self.progress.generation, frame, self.engine.now(), seconds, ready)
         self.meter.count(node, "down", brief.kind, len(frame))
         self.record("ask", round=self.progress.version, node=node, bytes=len(frame), at=request.asked)
         deadline = self.deadlines.of(request, self.engine, self.world.recipe.rounds.patience)
@@ -167,6 +170,8 @@ class Coordinator:
             return
         self.meter.count(arrival.node, "up", lease.kind, size)
         del self.leases[arrival.node]
+        if lease.request.ready is not None:
+            self.progress.busy[arrival.node] = arrival.computed + lease.request.seconds
         self.deadlines.learn(arrival)
         try:
             answer = self._filter(arrival, lease)

@@ -141,6 +141,8 @@ class System:
         Paces under which the mechanism is sound.
     moves_base : bool
         Whether the result is a change of the base rather than a state that training could go on from.
+    ahead : bool
+        Whether a node answers with what it made after the brief before and works on while that travels.
     """
 
     Knobs: ClassVar[type[Knobs]] = Knobs
@@ -148,6 +150,7 @@ class System:
     reports: ClassVar[tuple[str, ...]] = ("samples", "loss")
     paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
     moves_base: ClassVar[bool] = False
+    ahead: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -165,7 +168,10 @@ class System:
         raise NotImplementedError
 
     def brief(self, state: State, node: int) -> Parcel:
-        """What must this node be told?"""
+        """What must this node be told?
+
+        ``steps`` in the header prices local work that is not as long as the recipe's ``rounds.local_steps``.
+        """
         raise NotImplementedError
 
     def abridge(self, brief: Parcel, state: State, node: int) -> Parcel:

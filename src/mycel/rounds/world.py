@@ -97,11 +97,11 @@ class World:
         """The device that a node runs on."""
         return self.fleet[node]
 
-    def compute_seconds(self, node: int, trains: bool, evaluates: int) -> float:
-        """Predicted seconds of one request: local steps if it trains, and ``evaluates`` held-out passes."""
+    def compute_seconds(self, node: int, steps: int, evaluates: int) -> float:
+        """Predicted seconds of one request: ``steps`` local steps, and ``evaluates`` held-out passes."""
         training, about = self.recipe.training, self.nodes[node]
         flops = forward_flops(self.parameters, about.held_out_tokens) * evaluates
-        if trains:
-            tokens = self.recipe.rounds.local_steps * training.batch_size * about.mean_tokens
+        if steps:
+            tokens = steps * training.batch_size * about.mean_tokens
             flops += training_flops(self.parameters, self.sizes[about.rank], tokens, training.gradient)
         return self.device(node).compute_seconds(flops)

@@ -42,6 +42,7 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
         },
         "rounds": done.rounds,
         "drops": dict(done.drops),
+        "busy": {str(node): moment for node, moment in done.busy.items()},
         "meter": coordinator.meter.snapshot(),
         "clock": coordinator.engine.now(),
         "recent": {str(node): list(seconds) for node, seconds in deadlines.recent.items()},
@@ -80,6 +81,7 @@ def _request_header(request: Request) -> dict[str, Any]:
         "generation": request.generation,
         "asked": request.asked,
         "seconds": request.seconds,
+        "ready": request.ready,
     }
 
 
@@ -141,6 +143,7 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
         scores,
         header["rounds"],
         Counter(header["drops"]),
+        {int(node): moment for node, moment in header["busy"].items()},
     )
     coordinator.meter.restore(header["meter"])
     coordinator.deadlines.recent = {int(node): deque(seconds, WINDOW) for node, seconds in header["recent"].items()}
@@ -149,7 +152,7 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
     for item in header["requests"]:
         frame = parcel.tensors[f"request.{item['generation']}/frame"].numpy().tobytes()
         home = parcel.tensors.get(f"request.{item['generation']}/home")
-        request = Request(item["node"], item["generation"], frame, item["asked"], item["seconds"])
+        request = Request(item["node"], item["generation"], frame, item["asked"], item["seconds"], item["ready"])
         requests[request.generation] = request
         coordinator.engine.ask(request, b"" if home is None else home.numpy().tobytes())
     for item in header["leases"]:

@@ -133,7 +133,7 @@ def _party(world: World, fleet: Fleet, node: Node, brief: Parcel, site: Site) ->
         update = {name: torch.randn(shape, generator=source) for name, shape in expected.items()}
         answer = Parcel("answer", {"samples": node.samples, "loss": 1.0}, with_role("update", update))
         up = len(answer.to_bytes(parse_codec(wire.codec)))
-    compute = world.compute_seconds(node.index, True, 1)
+    compute = world.compute_seconds(node.index, world.recipe.rounds.local_steps, 1)
     seconds = compute + device.link.down_seconds(down) + device.link.up_seconds(up or 0)
     peak = peak_bytes(world, node)
     if peak > device.memory_gib * GIB:
