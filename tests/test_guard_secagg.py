@@ -1,0 +1,256 @@
+"""Secure aggregation: exact whatever leaves, opaque to whoever relays, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from mycel.errors import ParcelError
+from mycel.guard.secagg.coordinator import MaskingCoordinator
+from mycel.guard.secagg.graph import complete, need, sparse
+from mycel.guard.secagg.keys import Ring, add_mask, agree, new_secret, public_key
+from mycel.guard.secagg.party import MaskingParty, purpose
+from mycel.guard.secagg.shamir import PRIME, join, split
+
+PHASES = ("keys", "shares", "input", "reveal", "stays")
+
+
+@dataclass
+class Played:
+    coordinator: MaskingCoordinator
+    parties: dict[int, MaskingParty]
+    values: dict[int, Ring]
+
+    def expected(self) -> Ring:
+        total = np.zeros_like(next(iter(self.values.values())))
+        for node in self.coordinator.inputs:
+            total += self.values[node]
+        return total
+
+
+def inputs(count: int, size: int = 33, kind: str = "uint32") -> dict[int, Ring]:
+    source = np.random.default_rng(count)
+    return {node: source.integers(0, np.iinfo(kind).max, size, dtype=kind, endpoint=True) for node in range(count)}
+
+
+def play(values: dict[int, Ring], leaves: dict[int, str], staying: float, thin: bool) -> Played:
+    """Play one round; ``leaves`` names the phase before which a party falls silent."""
+
+    def there(nodes: Collection[int], phase: str) -> list[int]:
+        return [node for node in nodes if PHASES.index(leaves.get(node, "stays")) > PHASES.index(phase)]
+
+    parties = {node: MaskingParty(node) for node in values}
+    keys = {node: parties[node].advertise() for node in there(values, "keys")}
+    terms = sparse("r1", sorted(keys), staying, 7) if thin else complete("r1", sorted(keys), staying)
+    coordinator = MaskingCoordinator(terms, keys)
+    for node in there(keys, "shares"):
+        coordinator.take_shares(node, *parties[node].share(terms, keys))
+    present = set(coordinator.sealed)
+    for node in there(present, "input"):
+        coordinator.take_input(node, parties[node].hide(values[node], present))
+    for node in there(coordinator.inputs, "reveal"):
+        coordinator.take_reveal(node, parties[node].reveal(coordinator.wanted(node), coordinator.inputs))
+    return Played(coordinator, parties, values)
+
+
+def opens(played: Played) -> bool:
+    """Whether enough holders answered for every secret that is in the sum."""
+    coordinator = played.coordinator
+    alive = {holder for shares in coordinator.shares.values() for holder in shares}
+    concerned = [node for node in coordinator.sealed if coordinator._concerns(node)]
+    return all(len(alive & set(coordinator.terms.holders(node))) >= coordinator.terms.threshold for node in concerned)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(some.data(), some.one_of(*[some.integers(2, 16)] * 4, some.just(30)), some.sampled_from([0.51, 0.67, 0.9]))
+def test_the_sum_is_exact_for_every_dropout_that_the_threshold_allows(
+    data: some.DataObject, count: int, staying: float
+) -> None:
+    values = inputs(count)
+    gone = data.draw(some.integers(0, count - need(count, staying)))
+    order = data.draw(some.randoms(use_true_random=False)).sample(range(count), gone)
+    # Who never sends keys is not in the cohort that the threshold counts.
+    leaves = {node: data.draw(some.sampled_from(PHASES[1:4])) for node in order}
+    if count - sum(phase != "reveal" for phase in leaves.values()) < 2:
+        return
+    played = play(values, leaves, staying, thin=False)
+    assert np.array_equal(played.coordinator.sum(), played.expected())
+
+
+@pytest.mark.parametrize(("thin", "kind"), [(False, "uint32"), (True, "uint16")])
+def test_the_sum_of_a_hundred_is_exact_when_thirty_leave(thin: bool, kind: str) -> None:
+    chance = random.Random(3)
+    leaves = {node: chance.choice(PHASES[1:4]) for node in chance.sample(range(100), 30)}
+    played = play(inputs(100, 5, kind), leaves, 0.67, thin)
+    assert np.array_equal(played.coordinator.sum(), played.expected())
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    some.one_of(some.integers(2, 40), some.just(100)),
+    some.floats(0, 0.33),
+    some.integers(0, 1000),
+    some.sampled_from(["uint16", "uint64"]),
+)
+def test_the_sparse_graph_opens_exactly_or_refuses(count: int, share: float, seed: int, kind: str) -> None:
+    chance = random.Random(seed)
+    leaves = {node: chance.choice(PHASES[:4]) for node in chance.sample(range(count), int(share * count))}
+    if count - len(leaves) < 2:
+        return
+    try:
+        played = play(inputs(count, 5, kind), leaves, 0.67, thin=True)
+    except ParcelError:
+        return
+    if opens(played):
+        assert np.array_equal(played.coordinator.sum(), played.expected())
+    else:
+        with pytest.raises(ParcelError, match="cannot be opened"):
+            played.coordinator.sum()
+
+
+def test_the_sparse_graph_is_sparse_and_survives_thirty_percent() -> None:
+    terms = sparse("r", range(100), 0.67, 1)
+    assert {len(beside) for beside in terms.neighbours.values()} == {len(terms.neighbours[0])}
+    assert len(terms.neighbours[0]) < 60
+    assert all(node in terms.neighbours[other] for node, beside in terms.neighbours.items() for other in beside)
+    chance = random.Random(5)
+    for _ in range(20):
+        gone = set(chance.sample(range(100), 30))
+        assert all(len(set(terms.holders(node)) - gone) >= terms.threshold for node in range(100))
+
+
+@pytest.mark.parametrize("gone", [None, 3])
+def test_what_the_coordinator_sees_does_not_depend_on_an_input_given_the_sum(gone: int | None) -> None:
+    """With every secret held, exchanging two inputs' content moves only what a one-time pad covers.
+
+    For the same sum and any transcript there is a choice of the masks that nobody reveals which makes the other inputs
+    give that very transcript: the difference of the inputs added to the mask that the two parties share.
+    """
+    leaves = {gone: "input"} if gone is not None else {}
+    played = play(inputs(6), leaves, 0.67, thin=False)
+    before = played.coordinator.sum()
+    seen = {node: played.values[node].copy() for node in (0, 1)}
+    terms = played.coordinator.terms
+    revealed = set(played.coordinator.shares)
+    # The coordinator opens own masks of those that stayed and mask keys of those that left, never 0's or 1's key.
+    assert all((node in played.coordinator.inputs) or node == gone for node in revealed)
+    pair = np.zeros(33, dtype=np.uint32)
+    add_mask(pair, agree(played.parties[0].mask, played.coordinator.keys[1].mask, purpose(terms.tag)), 1)
+    shift = np.random.default_rng(1).integers(0, 1 << 32, 33, dtype=np.uint32)
+    other = {**played.values, 0: seen[0] + shift, 1: seen[1] - shift}
+    assert np.array_equal(sum_of(other, played.coordinator.inputs), before)
+    # hidden_0 = x_0 + m_01 + rest; the same hidden_0 follows from x_0 + shift under the pad m_01 - shift, likewise 1.
+    hidden = {node: played.values[node] + pair * np.uint32(1 if node == 0 else (1 << 32) - 1) for node in (0, 1)}
+    moved = pair - shift
+    again = {0: other[0] + moved, 1: other[1] - moved}
+    assert all(np.array_equal(hidden[node], again[node]) for node in (0, 1))
+
+
+def sum_of(values: dict[int, Ring], nodes: Collection[int]) -> Ring:
+    total = np.zeros_like(values[0])
+    for node in nodes:
+        total += values[node]
+    return total
+
+
+def test_hidden_inputs_look_uniform_whatever_they_hide() -> None:
+    """Bytes of what arrives are uniform (chi-square, 255 degrees of freedom) for inputs of zeros and of ones alike."""
+    for fill in (0, 0xFFFFFFFF):
+        values = {node: np.full(16384, fill, dtype=np.uint32) for node in range(3)}
+        parties = {node: MaskingParty(node) for node in values}
+        keys = {node: party.advertise() for node, party in parties.items()}
+        terms = complete("r", range(3), 0.67)
+        for party in parties.values():
+            party.share(terms, keys)
+        hidden = parties[1].hide(values[1], {0, 1, 2})
+        counts = np.bincount(np.frombuffer(hidden.tobytes(), dtype=np.uint8), minlength=256)
+        expected = counts.sum() / 256
+        assert float(((counts - expected) ** 2 / expected).sum()) < 400  # odds of more: below 1e-7
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(some.binary(min_size=32, max_size=32), some.integers(1, 12), some.data())
+def test_any_threshold_of_shares_rebuilds_a_secret(secret: bytes, threshold: int, data: some.DataObject) -> None:
+    shares = split(secret, range(12), threshold)
+    kept = data.draw(some.permutations(range(12)))[:threshold]
+    assert join({node: shares[node] for node in kept}, threshold, lambda found: found == secret) == secret
+    if threshold > 1:
+        with pytest.raises(ParcelError, match="are needed"):
+            join({node: shares[node] for node in kept[1:]}, threshold, lambda found: True)
+
+
+def test_fewer_shares_than_the_threshold_fit_every_secret() -> None:
+    """For two points of a line, one share and any secret there is a second share: the one says nothing."""
+    (share,) = split(bytes(32), [4], 1).values()
+    value = int.from_bytes(split(new_secret(), [4, 5], 2)[4], "big")
+    for secret in (0, 12345, (1 << 256) - 1):
+        slope = (value - secret) * pow(5, -1, PRIME) % PRIME
+        other = ((secret + 6 * slope) % PRIME).to_bytes(33, "big")
+        found = join({4: value.to_bytes(33, "big"), 5: other}, 2, lambda _: True)
+        assert int.from_bytes(found, "big") == secret
+    assert int.from_bytes(share, "big") == 0
+
+
+def test_lying_shares_are_passed_over_and_too_many_refused() -> None:
+    secret = new_secret()
+    shares = split(secret, range(6), 3)
+    shares[1] = split(new_secret(), range(6), 3)[1]
+    assert join(shares, 3, lambda found: found == secret) == secret
+    lying = {**split(new_secret(), range(6), 3), 0: shares[0]}
+    with pytest.raises(ParcelError, match="contradict"):
+        join(lying, 3, lambda found: found == secret)
+
+
+def test_shares_that_are_replayed_truncated_or_not_ours_are_refused() -> None:
+    parties = {node: MaskingParty(node) for node in range(3)}
+    keys = {node: party.advertise() for node, party in parties.items()}
+    sealed = {node: party.share(complete("r1", range(3), 0.67), keys)[0] for node, party in parties.items()}
+    coordinator = MaskingCoordinator(complete("r1", range(3), 0.67), keys)
+    with pytest.raises(ParcelError, match="bytes"):
+        coordinator.take_shares(0, {**sealed[0], 1: sealed[0][1][:-1]}, bytes(32))
+    with pytest.raises(ParcelError, match="neighbours"):
+        coordinator.take_shares(0, {0: sealed[0][0]}, bytes(32))
+    with pytest.raises(ParcelError, match="does not open"):
+        parties[1].reveal({0: sealed[2][1]}, {0, 1, 2})  # another's, in its place
+    with pytest.raises(ParcelError, match="does not open"):
+        parties[1].reveal({0: sealed[0][1][:40]}, {0, 1, 2})
+    later = MaskingParty(1, parties[1].seal, parties[1].mask, parties[1].own)
+    later.share(complete("r2", range(3), 0.67), keys)
+    with pytest.raises(ParcelError, match="does not open"):
+        later.reveal({0: sealed[0][1]}, {0, 1, 2})  # of an earlier round
+    parties[1].reveal({0: sealed[0][1]}, {0, 1, 2})
+    with pytest.raises(ParcelError, match="before"):
+        parties[1].reveal({0: sealed[0][1]}, {1, 2})
+
+
+def test_a_party_that_hides_once_does_not_hide_again() -> None:
+    played = play(inputs(3), {}, 0.67, thin=False)
+    with pytest.raises(ParcelError, match="masks serve once"):
+        played.parties[0].hide(played.values[0], {0, 1, 2})
+    with pytest.raises(ParcelError, match="has sent one before"):
+        played.coordinator.take_input(0, played.values[0])
+
+
+def test_keys_of_the_wrong_kind_and_repeated_keys_are_refused() -> None:
+    with pytest.raises(ParcelError, match="wrong kind"):
+        agree(new_secret(), bytes(32), b"mask")  # a point of small order
+    with pytest.raises(ParcelError, match="X25519"):
+        agree(new_secret(), public_key(new_secret())[:-1], b"mask")
+    parties = {node: MaskingParty(node) for node in range(3)}
+    keys = {node: party.advertise() for node, party in parties.items()}
+    with pytest.raises(ParcelError, match="one key"):
+        parties[0].share(complete("r", range(3), 0.67), {**keys, 2: keys[1]})
+
+
+@pytest.mark.parametrize(("parties", "staying"), [(1, 0.67), (5, 0.5), (5, 1.2), (5, 0.0)])
+def test_thresholds_that_make_no_sense_are_refused(parties: int, staying: float) -> None:
+    with pytest.raises(ValueError):
+        complete("r", range(parties), staying)
+    with pytest.raises(ValueError):
+        split(bytes(32), range(3), 4)
