@@ -26,9 +26,6 @@ FLOWER = "flwr[simulation]>=1.41,<1.42"
 
 def run_mycel(base: Path, store: Path, steps: int) -> None:
     """Run the federation with one worker per core, start-up included."""
-    from mycel.engines.pool import prepare
-
-    prepare("mycel.rounds.host")
     from mycel.rounds.simulation import Simulation, workplace
 
     with workplace(-1) as place:

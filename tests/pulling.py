@@ -48,7 +48,7 @@ class Bulky(Pull):
         return None
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
-        return super().combine(state, [replace(answer, parcel=_slim(answer)) for answer in answers])
+        return super().combine(state, [replace(answer, sent=_slim(answer)) for answer in answers])
 
 
 def _slim(answer: Answer) -> Parcel:

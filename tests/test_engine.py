@@ -45,7 +45,7 @@ class Dawdling:
         self._chance = random.Random(seed)
         self._threads = ThreadPoolExecutor(4)
 
-    def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
+    def submit(self, arm: str, node: int, frame: bytes, home: bytes, due: float = 0.0) -> asyncio.Future[Reply]:
         pause = self._chance.random() * 0.02
 
         def work() -> Reply:
@@ -57,7 +57,7 @@ class Dawdling:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    workers = WorkerPool(Mortal, 2, "mycel.testing.engines")
+    workers = WorkerPool(Mortal, 2)
     workers.open("arm", "")
     yield workers
     workers.close()
@@ -164,7 +164,7 @@ def converse(labour: Labour, count: int = 40) -> list[tuple[int, int, float, byt
                 engine.ask(request(engine, node, generation, b"x" * chance.randrange(5000), chance.random()))
             arrival = await engine.answer(None)
             assert arrival is not None
-            seen.append((arrival.node, arrival.generation, engine.now(), arrival.frame))
+            seen.append((arrival.node, arrival.generation, engine.now(), bytes(arrival.frame)))
             nodes = [arrival.node]
         await engine.close()
 
@@ -218,7 +218,7 @@ def test_a_worker_that_dies_is_replaced_and_its_work_done_again(pool: WorkerPool
         for node, frame in enumerate((b"one", marker, b"two")):
             engine.ask(request(engine, node, node + 1, frame))
         found = [await engine.answer(None) for _ in range(3)]
-        return sorted(arrival.frame for arrival in found if arrival)
+        return sorted(bytes(arrival.frame) for arrival in found if arrival)
 
     assert run_virtual(program()) == [b"0:1:one", b"1:1:" + marker, b"2:1:two"]
     assert Path(os.fsdecode(marker)).exists()
@@ -253,7 +253,7 @@ def test_a_fault_in_the_work_shows_where_it_happened(pool: WorkerPool, inline: b
 
 
 def test_closing_a_pool_ends_work_that_is_going_on() -> None:
-    workers = WorkerPool(Mortal, 1, "mycel.testing.engines")
+    workers = WorkerPool(Mortal, 1)
     workers.open("arm", "")
 
     async def program() -> None:

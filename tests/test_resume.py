@@ -58,9 +58,9 @@ class Remembering:
         self._labour = labour
         self._known: dict[tuple[int, bytes, bytes], Reply] = {}
 
-    def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
+    def submit(self, arm: str, node: int, frame: bytes, home: bytes, due: float = 0.0) -> asyncio.Future[Reply]:
         if (node, frame, home) not in self._known:
-            self._known[node, frame, home] = self._labour.submit(arm, node, frame, home).result()
+            self._known[node, frame, home] = self._labour.submit(arm, node, frame, home, due).result()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         future.set_result(self._known[node, frame, home])
         return future
@@ -262,6 +262,7 @@ def test_an_interrupt_ends_a_run_soon_and_says_how_to_go_on(tmp_path: Path) -> N
         _, errors = process.communicate(timeout=100)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, errors
     assert "mycel: stopped; `--resume` goes on from the last round" in errors
     assert "Traceback" not in errors

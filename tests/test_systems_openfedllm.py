@@ -237,7 +237,7 @@ def test_an_adaptive_step_is_bounded_and_blind_to_the_scale_of_changes(name: str
     large, small = state_of_two(), state_of_two()
     for round_ in range(5):
         answers = random_answers(3)[round_ % 3 :]
-        shrunk = [replace(answer, parcel=_scaled(answer.parcel, 1e-3)) for answer in answers]
+        shrunk = [replace(answer, sent=_scaled(answer.parcel, 1e-3)) for answer in answers]
         before, large = large, system.step(large, system.combine(large, answers))
         small = system.step(small, system.combine(small, shrunk))
         moved_by = subtract(large.shared, before.shared)

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from mycel.cli.progress import show_progress
-from mycel.engines.pool import prepare
 from mycel.recipe import load_recipe
 
 
@@ -20,8 +19,6 @@ def run_command(name: str, overrides: list[str], out: Path | None, resume: bool,
     messages.print(f"[bold]{recipe.title or recipe.system}[/bold]  (system {recipe.system}, seed {recipe.seed})")
     with show_progress(messages) as watcher:
         watcher.phase("loading libraries", 0, 1)
-        if recipe.engine.workers:
-            prepare("mycel.rounds.host")
         from mycel.run.execute import run_recipe
 
         watcher.phase("loading libraries", 1, 1)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mycel.wire.shelf import Frame
+
 
 @dataclass(frozen=True)
 class Request:
@@ -40,22 +42,25 @@ class Arrival:
 
     Attributes
     ----------
-    frame : bytes
-        The serialised answer; empty when the node refused.
+    frame : bytes or Kept
+        The serialised answer, or where it waits; empty when the node refused.
     refusal : str
         Why the node refused; empty when it answered.
     started, computed, at : float
         When the brief had arrived, the work was done, and the answer arrived, in the engine's seconds.
+    left : bool
+        Whether there is no answer because the node has gone or what it sent was lost, for the reason in ``refusal``.
     """
 
     node: int
     generation: int
-    frame: bytes
+    frame: Frame
     refusal: str
     asked: float
     started: float
     computed: float
     at: float
+    left: bool = False
 
 
 @dataclass(frozen=True)

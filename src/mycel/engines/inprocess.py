@@ -18,6 +18,7 @@ from mycel.engines.engine import Arrival, Pending, Request
 from mycel.engines.pool import Reply
 from mycel.fleet.clock import VirtualLoop, until
 from mycel.fleet.device import Fleet
+from mycel.wire.shelf import Shelf
 
 SETTLE = 1e-6  # virtual seconds within which answers count as simultaneous and are ordered by node
 
@@ -25,8 +26,8 @@ SETTLE = 1e-6  # virtual seconds within which answers count as simultaneous and 
 class Labour(Protocol):
     """Whatever really does the work: this process, or a pool of workers."""
 
-    def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
-        """Start the work and return a future of its reply."""
+    def submit(self, arm: str, node: int, frame: bytes, home: bytes, due: float = 0.0) -> asyncio.Future[Reply]:
+        """Start the work, sooner what is ``due`` sooner on the virtual clock, and return a future of its reply."""
 
 
 @dataclass
@@ -39,6 +40,10 @@ class InProcessEngine:
         Which job of the labour the requests belong to.
     seed : int
         Decides which answers of unreliable devices vanish.
+    kept : dict
+        What parties keep at home.
+    shelf : Shelf
+        Where answers wait until the virtual clock lets them arrive.
     """
 
     fleet: Fleet
@@ -46,6 +51,7 @@ class InProcessEngine:
     arm: str
     seed: int
     kept: dict[int, bytes] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=Shelf)
     _pending: dict[int, Pending] = field(default_factory=dict)
     _lives: set[asyncio.Task[None]] = field(default_factory=set)
     _arrived: list[tuple[float, int, int, Arrival, bytes]] = field(default_factory=list)
@@ -59,7 +65,12 @@ class InProcessEngine:
     def expected_seconds(self, request: Request) -> float | None:
         """Download and compute; the answer's size is not known beforehand, so the brief's stands in for it."""
         link, size = self.fleet[request.node].link, len(request.frame)
-        return link.down_seconds(size) + request.seconds + link.up_seconds(size)
+        return self._leaves(request) - request.asked + link.up_seconds(size)
+
+    def _leaves(self, request: Request) -> float:
+        """When the answer is done: after the brief's work, or for a node that works ahead before it."""
+        started = request.asked + self.fleet[request.node].link.down_seconds(len(request.frame))
+        return started + request.seconds if request.ready is None else max(started, request.ready)
 
     def ask(self, request: Request, home: bytes | None = None) -> None:
         """Begin the life of a request, unless the device is one whose answer will vanish."""
@@ -68,7 +79,7 @@ class InProcessEngine:
             return
         start = self.kept.get(request.node, b"") if home is None else home
         self._pending[request.generation] = Pending(request, start)
-        work = self.labour.submit(self.arm, request.node, request.frame, start)
+        work = self.labour.submit(self.arm, request.node, request.frame, start, self._leaves(request))
         work.add_done_callback(_take_notice)
         life = _loop().create_task(self._live(request, work))
         self._lives.add(life)
@@ -77,23 +88,24 @@ class InProcessEngine:
     async def _live(self, request: Request, work: asyncio.Future[Reply]) -> None:
         link = self.fleet[request.node].link
         started = request.asked + link.down_seconds(len(request.frame))
-        computed = started + request.seconds
+        computed = self._leaves(request)
         await until(computed)
         try:
             reply = await _loop().due(work)
-            at = computed + link.up_seconds(len(reply.frame))
-            await until(at)
+            at, home = computed + link.up_seconds(len(reply.frame)), reply.home
             arrival = Arrival(
                 request.node,
                 request.generation,
-                reply.frame,
+                self.shelf.keep(reply.frame),
                 reply.refusal,
                 request.asked,
                 started,
                 computed,
                 at,
             )
-            heapq.heappush(self._arrived, (at, request.node, request.generation, arrival, reply.home))
+            del work, reply  # or a thousand answers under way would stay in memory
+            await until(at)
+            heapq.heappush(self._arrived, (at, request.node, request.generation, arrival, home))
         except Exception as error:
             self._failure = error
         self._news.set()

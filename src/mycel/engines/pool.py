@@ -1,27 +1,25 @@
 """Workers that do a simulation's real work: this process, or one process per core over one copy of the base.
 
 A worker speaks JSON and parcel frames over a pipe; what it hosts is decided by the ``Host`` it is given, so the pool
-knows nothing of systems. Workers are forked from a server that has imported the heavy libraries once, so they start
-in milliseconds and share its memory.
+knows nothing of systems. Workers are forked from a nursery, so they start in milliseconds and share its memory.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import PriorityQueue, SimpleQueue
 from typing import Protocol
 
+from mycel.engines.nursery import Child, Nursery
 from mycel.errors import EngineError, MycelError
 
 
@@ -65,7 +63,7 @@ class Inline:
         """Make an arm known."""
         self._host.open(arm, job)
 
-    def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
+    def submit(self, arm: str, node: int, frame: bytes, home: bytes, due: float = 0.0) -> asyncio.Future[Reply]:
         """Do the work now and return a finished future."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:
@@ -82,70 +80,79 @@ class Inline:
 
 @dataclass
 class _Worker:
-    connection: Connection
-    process: multiprocessing.process.BaseProcess
+    child: Child
     opened: set[str] = field(default_factory=set)
 
 
-def prepare(preload: str) -> None:
-    """Start the server that workers are forked from; it imports ``preload`` while this process does other things."""
-    multiprocessing.set_forkserver_preload([preload])
-    forkserver.ensure_running()
+@dataclass(order=True)
+class _Task:
+    due: float
+    number: int
+    arm: str = field(compare=False)
+    node: int = field(compare=False)
+    frame: bytes = field(compare=False)
+    home: bytes = field(compare=False)
+    reply: Future[Reply] = field(compare=False, default_factory=Future)
 
 
 class WorkerPool:
-    """One process per core; requests are served in the order of submission.
+    """One process per core; what is due first is done first, so that few answers lie and wait.
 
     Parameters
     ----------
     make_host : callable
-        Importable function that returns the host each worker runs.
+        Returns the host that each worker runs.
     count : int
         Worker processes.
-    preload : str
-        Module that holds the heavy imports, loaded once for all workers.
     """
 
-    def __init__(self, make_host: Callable[[], Host], count: int, preload: str) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([preload])
-        self._make_host = make_host
+    def __init__(self, make_host: Callable[[], Host], count: int) -> None:
+        self._nursery = Nursery(lambda connection: _serve(connection, make_host))
         self._jobs: dict[str, str] = {}
         self._closed = False
         self._changing = threading.Lock()
+        self._tasks: PriorityQueue[_Task] = PriorityQueue()
+        self._numbers = itertools.count()
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all = [self._start() for _ in range(count)]
+        self._all = [_Worker(self._nursery.start()) for _ in range(count)]
         for worker in self._all:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="mycel-worker")
-
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._make_host), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(ours, process)
 
     def open(self, arm: str, job: str) -> None:
         """Make an arm known; workers learn of it with their first request for it."""
         self._jobs[arm] = job
 
-    def submit(self, arm: str, node: int, frame: bytes, home: bytes) -> asyncio.Future[Reply]:
+    def submit(self, arm: str, node: int, frame: bytes, home: bytes, due: float = 0.0) -> asyncio.Future[Reply]:
         """Queue the work and return a future of its reply."""
-        return asyncio.get_running_loop().run_in_executor(self._threads, self._do, arm, node, frame, home)
+        task = _Task(due, next(self._numbers), arm, node, frame, home)
+        self._tasks.put(task)
+        self._threads.submit(self._do_next)
+        return asyncio.wrap_future(task.reply)
 
-    def _do(self, arm: str, node: int, frame: bytes, home: bytes) -> Reply:
+    def _do_next(self) -> None:
+        task = self._tasks.get()
+        if not task.reply.set_running_or_notify_cancel():
+            return
+        try:
+            reply = self._do(task)
+        except BaseException as error:
+            task.reply.set_exception(error)
+        else:
+            task.reply.set_result(reply)
+
+    def _do(self, task: _Task) -> Reply:
         worker = self._idle.get()
         try:
-            return self._exchange(worker, arm, node, frame, home)
+            return self._exchange(worker, task)
         except (EOFError, OSError):
             worker = self._replace(worker)
             try:
-                return self._exchange(worker, arm, node, frame, home)
+                return self._exchange(worker, task)
             except (EOFError, OSError) as error:
                 worker = self._replace(worker)
                 raise EngineError(
-                    f"the worker process died twice at node {node}'s work (out of memory?): "
+                    f"the worker process died twice at node {task.node}'s work (out of memory?): "
                     "try engine.workers=1 or a smaller training.batch_size"
                 ) from error
         finally:
@@ -155,22 +162,22 @@ class WorkerPool:
         with self._changing:
             if self._closed:
                 raise EngineError("the workers were ended while there was work to do")
-            worker.connection.close()
-            worker.process.kill()
-            worker.process.join()
-            fresh = self._start()
+            worker.child.connection.close()
+            self._nursery.end(worker.child)
+            fresh = _Worker(self._nursery.start())
             self._all[self._all.index(worker)] = fresh
         return fresh
 
-    def _exchange(self, worker: _Worker, arm: str, node: int, frame: bytes, home: bytes) -> Reply:
-        control = {"arm": arm, "node": node, "job": None if arm in worker.opened else self._jobs[arm]}
-        for part in (json.dumps(control).encode(), frame, home):
-            worker.connection.send_bytes(part)
-        verdict = json.loads(worker.connection.recv_bytes())
-        reply = Reply(worker.connection.recv_bytes(), worker.connection.recv_bytes(), verdict["refusal"])
-        worker.opened.add(arm)
+    def _exchange(self, worker: _Worker, task: _Task) -> Reply:
+        connection = worker.child.connection
+        job = None if task.arm in worker.opened else self._jobs[task.arm]
+        for part in (json.dumps({"arm": task.arm, "node": task.node, "job": job}).encode(), task.frame, task.home):
+            connection.send_bytes(part)
+        verdict = json.loads(connection.recv_bytes())
+        reply = Reply(connection.recv_bytes(), connection.recv_bytes(), verdict["refusal"])
+        worker.opened.add(task.arm)
         if verdict["crash"]:
-            raise EngineError(_failed(node, verdict["crash"]))
+            raise EngineError(_failed(task.node, verdict["crash"]))
         return reply
 
     def close(self) -> None:
@@ -179,19 +186,18 @@ class WorkerPool:
             if self._closed:
                 return
             self._closed = True
-            for worker in self._all:
-                worker.process.terminate()
+            self._nursery.close()
         # A thread whose worker has gone is done at once; only then is no one left who reads the connections.
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._all:
-            worker.process.join()
-            worker.connection.close()
+            worker.child.connection.close()
+        while not self._tasks.empty():
+            self._tasks.get().reply.cancel()
 
 
 def _serve(connection: Connection, make_host: Callable[[], Host]) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     host = make_host()

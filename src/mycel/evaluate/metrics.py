@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -127,6 +126,9 @@ def generate_text(
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return the mean ROUGE-L F1, between 0 and 1."""
     _check_pairs(predictions, references)
+    # Its imports cost over a second and half of a process's own memory: only who scores text pays.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"])
     scores = [
         scorer.score(reference, prediction)["rougeL"].fmeasure

@@ -68,7 +68,7 @@ class FedAvg(System):
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """Average the changes by sample count, padded to the shared rank."""
-        updates = [self.padded(answer.tensors(), state.shared) for answer in answers]
+        updates = (self.padded(answer.tensors(), state.shared) for answer in answers)
         return Outcome(shared=weighted_mean(updates, [answer.weight for answer in answers]))
 
     def step(self, state: State, outcome: Outcome) -> State:

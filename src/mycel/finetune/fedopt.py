@@ -75,7 +75,7 @@ class FedAdagrad(FedAvg):
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """Average the changes with one weight for all; only staleness discounts."""
-        updates = [self.padded(answer.tensors(), state.shared) for answer in answers]
+        updates = (self.padded(answer.tensors(), state.shared) for answer in answers)
         weights = [discount(answer.staleness, self.recipe.rounds.staleness) for answer in answers]
         return Outcome(shared=weighted_mean(updates, weights))
 

@@ -122,7 +122,7 @@ class Flasc(FedAvg):
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """Average what was sent, zero elsewhere; only staleness makes parties count unlike."""
         ordered = sorted(answers, key=lambda answer: answer.node)
-        updates = [self._dense(state, answer.node, answer.tensors()) for answer in ordered]
+        updates = (self._dense(state, answer.node, answer.tensors()) for answer in ordered)
         return Outcome(shared=weighted_mean(updates, [answer.weight / max(answer.samples, 1) for answer in ordered]))
 
     def step(self, state: State, outcome: Outcome) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,14 +27,16 @@ def scale(tensors: Tensors, factor: float) -> Tensors:
     return {name: tensor * factor for name, tensor in tensors.items()}
 
 
-def weighted_mean(states: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    """Mean with weights that are normalised here; one state comes back unchanged."""
+def weighted_mean(states: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
+    """Mean with weights that are normalised here; states are taken one by one, and one alone comes back unchanged."""
     total = sum(weights)
-    if len(states) == 1:
-        return dict(states[0])
-    mean = {name: torch.zeros_like(tensor) for name, tensor in states[0].items()}
+    mean: Tensors = {}
     for state, weight in zip(states, weights, strict=True):
+        if len(weights) == 1:
+            return dict(state)
         for name, tensor in state.items():
+            if name not in mean:
+                mean[name] = torch.zeros_like(tensor)
             mean[name].add_(tensor, alpha=weight / total)
     return mean
 

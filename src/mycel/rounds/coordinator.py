@@ -18,11 +18,12 @@ from mycel.rounds.algebra import discount
 from mycel.rounds.deadline import Deadlines
 from mycel.rounds.pace import Pace, View
 from mycel.rounds.site import limits
-from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
+from mycel.rounds.system import Answer, Shelved, State, System, check_answer, check_shapes, group
 from mycel.rounds.world import World
 from mycel.wire.codecs import parse_codec
 from mycel.wire.meter import Meter
 from mycel.wire.parcel import Parcel
+from mycel.wire.shelf import Shelf
 
 
 class Record(Protocol):
@@ -65,8 +66,10 @@ class Coordinator:
     Parameters
     ----------
     checkpoint : callable
-        Called after every round, when ``progress`` and ``leases`` are consistent; ``latest`` then holds the answers
-        that made the round.
+        Called after every round, when ``progress`` and ``leases`` are consistent; ``latest`` holds the answers that
+        made the round, until it returns.
+    shelf : Shelf
+        Where answers wait to be combined.
     """
 
     world: World
@@ -80,7 +83,9 @@ class Coordinator:
     leases: dict[int, Lease] = field(default_factory=dict)
     deadlines: Deadlines = field(default_factory=Deadlines)
     latest: list[Answer] = field(default_factory=list)
+    shelf: Shelf = field(default_factory=Shelf)
     _arrived: dict[int, Answer] = field(default_factory=dict)
+    _brief_sent: tuple[Parcel, bytes] | None = None
     _refused: Counter[int] = field(default_factory=Counter)
 
     async def run(self) -> State:
@@ -149,7 +154,7 @@ class Coordinator:
         return Parcel(brief.kind, header, brief.tensors)
 
     def _ask(self, node: int, brief: Parcel) -> None:
-        frame = brief.to_bytes(parse_codec(self.world.recipe.wire.brief_codec))
+        frame = self._serialise(brief)
         steps = int(brief.header.get("steps", self.world.recipe.rounds.local_steps)) if brief.kind == "work" else 0
         seconds = self.world.compute_seconds(node, steps, int("evaluate" in brief.header))
         self.progress.generation += 1
@@ -162,19 +167,32 @@ class Coordinator:
         self.leases[node] = Lease(request, self.progress.version, brief.kind, expects, deadline)
         self.engine.ask(request)
 
+    def _serialise(self, brief: Parcel) -> bytes:
+        """Encode a brief; nodes that are told the same share one frame, or a thousand would fill the memory."""
+        if self._brief_sent is None or not _same(self._brief_sent[0], brief):
+            self._brief_sent = brief, brief.to_bytes(parse_codec(self.world.recipe.wire.brief_codec))
+        return self._brief_sent[1]
+
     def _collect(self, arrival: Arrival) -> None:
         lease, size = self.leases.get(arrival.node), len(arrival.frame)
         if lease is None or lease.request.generation != arrival.generation:
-            self.meter.count(arrival.node, "up", "late", size)
-            self._drop(arrival.node, "late", "answer of an ended lease", arrival.at, size)
+            if not arrival.left:
+                self.meter.count(arrival.node, "up", "late", size)
+                self._drop(arrival.node, "late", "answer of an ended lease", arrival.at, size)
+            return
+        if arrival.left:
+            del self.leases[arrival.node]
+            self._refused[arrival.node] += 1
+            self._drop(arrival.node, "lost", arrival.refusal, arrival.at)
             return
         self.meter.count(arrival.node, "up", lease.kind, size)
         del self.leases[arrival.node]
         if lease.request.ready is not None:
             self.progress.busy[arrival.node] = arrival.computed + lease.request.seconds
         self.deadlines.learn(arrival)
+        self._bound()
         try:
-            answer = self._filter(arrival, lease)
+            answer, loss = self._filter(arrival, lease)
         except ParcelError as error:
             self._refused[arrival.node] += 1
             self._drop(arrival.node, "invalid", str(error), arrival.at, size)
@@ -190,14 +208,22 @@ class Coordinator:
             started=arrival.started,
             computed=arrival.computed,
             staleness=answer.staleness,
-            loss=answer.parcel.header.get("loss"),
+            loss=loss,
         )
 
-    def _filter(self, arrival: Arrival, lease: Lease) -> Answer:
+    def _bound(self) -> None:
+        """Set a deadline for whoever was asked when nothing was known yet of how long an answer takes."""
+        for lease in self.leases.values():
+            if lease.deadline is None:
+                lease.deadline = self.deadlines.of(lease.request, self.engine, self.world.recipe.rounds.patience)
+
+    def _filter(self, arrival: Arrival, lease: Lease) -> tuple[Answer, Any]:
+        """Return the answer, once it is found sound, and the loss it reports."""
         if arrival.refusal:
             raise ParcelError(arrival.refusal)
         wire, rounds = self.world.recipe.wire, self.world.recipe.rounds
-        parcel = Parcel.from_bytes(arrival.frame, limits(wire, self.world.base))
+        bounds = limits(wire, self.world.base)
+        parcel = Parcel.from_bytes(bytes(arrival.frame), bounds)
         check_answer(self.system, parcel)
         if lease.expects is not None:
             check_shapes(group(parcel.tensors, "update"), lease.expects)
@@ -210,7 +236,9 @@ class Coordinator:
             self.progress.scores.setdefault(lease.version, {})[arrival.node] = scores
         staleness = self.progress.version - lease.version
         samples = int(parcel.header.get("samples", 0))
-        return Answer(arrival.node, parcel, samples, staleness, samples * discount(staleness, rounds.staleness))
+        weight = samples * discount(staleness, rounds.staleness)
+        sent = Shelved(self.shelf.keep(arrival.frame), bounds)
+        return Answer(arrival.node, sent, samples, staleness, weight), parcel.header.get("loss")
 
     def _combine(self) -> None:
         done = self.progress
@@ -224,6 +252,7 @@ class Coordinator:
         self._arrived.clear()
         self._refused.clear()
         self.checkpoint(self)
+        self.latest = []
 
     def _close_round(self, answers: int) -> None:
         done = self.progress
@@ -282,6 +311,16 @@ class Coordinator:
         """Mean held-out loss of the state of ``version`` over the parties that scored it; None if none did."""
         found = self.progress.scores.get(version)
         return sum(read_scores(found).values(), Scores()).loss if found else None
+
+
+def _same(one: Parcel, other: Parcel) -> bool:
+    """Whether two parcels are made of the very same tensors and say the same."""
+    return (
+        one.kind == other.kind
+        and one.header == other.header
+        and one.tensors.keys() == other.tensors.keys()
+        and all(tensor is other.tensors[name] for name, tensor in one.tensors.items())
+    )
 
 
 def read_scores(found: Mapping[int, Sequence[float]]) -> dict[int, Scores]:

@@ -26,6 +26,7 @@ from mycel.rounds.site import Job
 from mycel.rounds.system import State, System
 from mycel.rounds.world import Node, World
 from mycel.wire.meter import Meter
+from mycel.wire.shelf import Shelf
 
 Workers = Inline | WorkerPool
 
@@ -67,6 +68,8 @@ class Simulation:
         Does the real work under the name ``arm``.
     record : callable
         Writes events; by default they are forgotten.
+    shelf : Shelf
+        Where answers wait.
     """
 
     arm: str
@@ -74,6 +77,7 @@ class Simulation:
     labour: Labour
     record: Record = lambda event, **fields: None
     checkpoint: Callable[[Coordinator], None] = lambda coordinator: None
+    shelf: Shelf = field(default_factory=Shelf)
 
     def run(
         self,
@@ -86,9 +90,13 @@ class Simulation:
 
     async def _program(self, homes: dict[int, bytes], restore: Callable[[Coordinator], None] | None) -> Finished:
         recipe = self.world.recipe
-        engine = InProcessEngine(self.world.fleet, self.labour, self.arm, seed_of(recipe.seed, "fleet"), homes)
+        engine = InProcessEngine(
+            self.world.fleet, self.labour, self.arm, seed_of(recipe.seed, "fleet"), homes, self.shelf
+        )
         pace = parse_pace(recipe.rounds.pace, recipe.rounds.quorum)
-        coordinator = Coordinator(self.world, load_system(recipe), engine, pace, self.record, self.checkpoint)
+        coordinator = Coordinator(
+            self.world, load_system(recipe), engine, pace, self.record, self.checkpoint, shelf=self.shelf
+        )
         if restore is not None:
             restore(coordinator)
         try:
@@ -131,7 +139,7 @@ def workplace(workers: int) -> Iterator[Workplace]:
     """Start worker processes (-1: one per core; 0: none, this process works) and end them afterwards."""
     count = workers if workers >= 0 else (os.cpu_count() or 1)
     host = Sites()
-    labour: Workers = WorkerPool(Sites, count, "mycel.rounds.host") if count else Inline(lambda: host)
+    labour: Workers = WorkerPool(Sites, count) if count else Inline(lambda: host)
     # One thread everywhere, as in the workers: the order of a parallel sum would show in the last bits of a result.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mycel.errors import ParcelError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
-from mycel.wire.parcel import Parcel, Tensors
+from mycel.wire.parcel import Limits, Parcel, Tensors
+from mycel.wire.shelf import Kept
 
 if TYPE_CHECKING:
     from mycel.models.trainable import Trainable
@@ -87,6 +88,18 @@ class State:
 
 
 @dataclass(frozen=True)
+class Shelved:
+    """A parcel whose frame waits on a shelf; it is decoded each time it is asked for, so many take no memory."""
+
+    frame: Kept
+    limits: Limits
+
+    def load(self) -> Parcel:
+        """Decode the parcel."""
+        return Parcel.from_bytes(bytes(self.frame), self.limits)
+
+
+@dataclass(frozen=True)
 class Answer:
     """One party's sound answer as it reaches ``combine``.
 
@@ -94,8 +107,8 @@ class Answer:
     ----------
     node : int
         Who answered.
-    parcel : Parcel
-        Decoded, checked and guarded.
+    sent : Parcel or Shelved
+        What came, checked.
     samples : int
         Training examples the party holds.
     staleness : int
@@ -105,10 +118,15 @@ class Answer:
     """
 
     node: int
-    parcel: Parcel
+    sent: Parcel | Shelved
     samples: int
     staleness: int
     weight: float
+
+    @property
+    def parcel(self) -> Parcel:
+        """What came."""
+        return self.sent if isinstance(self.sent, Parcel) else self.sent.load()
 
     def tensors(self, role: str = "update") -> Tensors:
         """Return the tensors sent under ``role``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from mycel.run.folder import RunFolder, write_json, writing
 from mycel.run.log import EventLog
 from mycel.run.result import build_result
 from mycel.wire.codecs import parse_codec
+from mycel.wire.shelf import Shelf
 
 
 class Watcher(Protocol):
@@ -77,8 +78,9 @@ class Execution:
         started = time.monotonic()
         self.log = EventLog(self.folder.events, self.watcher.event)
         try:
-            base = self._prepare()
+            # Workers are forked before anything is computed: a process that has computed is no parent for them.
             with workplace(self.recipe.engine.workers) as place:
+                base = self._prepare()
                 finished = self._run_arms(place, base)
                 probes = probe_all(finished, place.labour) if self.recipe.compare else Probes()
             result = build_result(self.recipe, finished, probes, time.monotonic() - started)
@@ -111,7 +113,8 @@ class Execution:
     def _write_tokens(self, parties: list[PartyData], base: Path) -> None:
         if not parties:
             return
-        store = TokenStore.build(parties, open_base(base).tokenizer, self.recipe.data.max_length)
+        spec = self.recipe.data
+        store = TokenStore.build(parties, open_base(base).tokenizer, spec.max_length, spec.pack)
         temporary = self.folder.tokens.with_name(".tokens.safetensors")
         with writing(self.folder.tokens):
             store.save(temporary)
@@ -137,12 +140,11 @@ class Execution:
         side_by_side = isinstance(place.labour, WorkerPool)
         finished: dict[str, Finished] = {}
         with ThreadPoolExecutor(len(arms) if side_by_side else 1) as threads:
-            running = {
-                arm.name: threads.submit(self._run_arm, arm, worlds[arm.name], place.labour)
-                for arm in arms
-                if not arm.after
-            }
+            running: dict[str, Future[Finished]] = {}
             try:
+                for arm in arms:
+                    if not arm.after:
+                        running[arm.name] = threads.submit(self._run_arm, arm, worlds[arm.name], place.labour)
                 done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -172,6 +174,7 @@ class Execution:
             labour,
             lambda event, **fields: self._record(arm.name, event, **fields),
             lambda coordinator: save_checkpoint(coordinator, path),
+            Shelf(folder=path.parent),
         )
         if saved is None:
             return simulation.run()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from mycel.errors import DataError, ModelError, RecipeError, RunError
 from mycel.recipe.load import check
 from mycel.recipe.schema import Recipe
+from mycel.wire.shelf import SUFFIX
 
 
 class RunFolder:
@@ -56,6 +57,8 @@ class RunFolder:
             raise RunError(
                 f"another run is writing to {str(self.path)!r}: wait for it, or choose another folder with --out"
             ) from error
+        for path in self.work.glob(f"*{SUFFIX}"):  # a run that was killed left them
+            path.unlink()
         try:
             fresh = self._claim(recipe, resume)
             try:

@@ -88,7 +88,8 @@ async def _answers_every_request(make_engine: Callable[[], Engine]) -> None:
     for each in arrivals:
         node, frame = asked[each.generation].node, asked[each.generation].frame
         law(each.node == node, "an answer names the node that was asked")
-        law(each.frame == b"%d:1:%s" % (node, frame) and not each.refusal, "an answer's bytes are what the work made")
+        law(bytes(each.frame) == b"%d:1:%s" % (node, frame), "an answer's bytes are what the work made")
+        law(not each.refusal, "what was answered was not refused")
         ordered = each.asked <= each.started <= each.computed <= each.at
         law(each.asked == asked[each.generation].asked and ordered, "asked, started, computed and at are in this order")
     await engine.close()
@@ -109,7 +110,7 @@ async def _refuses(make_engine: Callable[[], Engine]) -> None:
         engine.ask(request(engine, 0, generation, frame))
         (arrival,) = await _collect(engine, 1)
         if visits:
-            law(arrival.frame == b"0:%d:%s" % (visits, frame), "a refusal leaves what the party keeps at home alone")
+            law(bytes(arrival.frame) == b"0:%d:%s" % (visits, frame), "a refusal leaves what is kept at home alone")
         else:
             law(REFUSAL in arrival.refusal and not arrival.frame, "a refusal carries its sentence and no bytes")
     await engine.close()
@@ -122,7 +123,7 @@ async def _keeps_homes_apart(make_engine: Callable[[], Engine]) -> None:
         for node in NODES:
             generation += 1
             engine.ask(request(engine, node, generation, b"visit"))
-        found = {each.node: each.frame for each in await _collect(engine, len(NODES))}
+        found = {each.node: bytes(each.frame) for each in await _collect(engine, len(NODES))}
         expected = {node: b"%d:%d:visit" % (node, visit) for node in NODES}
         law(found == expected, "what one party keeps at home is there at its next work, and at no other party's")
     await engine.close()
@@ -158,7 +159,7 @@ async def _knows_what_is_pending(make_engine: Callable[[], Engine]) -> None:
     engine.ask(request(engine, 0, 9, b"again"), b"41")
     law([each.home for each in engine.pending()] == [b"41"], "what is pending keeps the home it began with")
     (arrival,) = await _collect(engine, 1)
-    law(arrival.frame == b"0:42:again", "a request asked again begins with the home that it is given")
+    law(bytes(arrival.frame) == b"0:42:again", "a request asked again begins with the home that it is given")
     law(engine.homes()[0] == b"42", "homes() holds what a party keeps after its last answer")
     await engine.close()
 
@@ -173,7 +174,7 @@ async def _repeats_itself(make_engine: Callable[[], Engine]) -> None:
         expected = engine.expected_seconds(request(engine, 0, 1, b"brief"))
         law(expected is None or expected > 0, "expected seconds are a positive number, or None")
         moment = arrivals[0].asked
-        seen.append([(each.node, each.frame, round(each.at - moment, 9)) for each in arrivals])
+        seen.append([(each.node, bytes(each.frame), round(each.at - moment, 9)) for each in arrivals])
         await engine.close()
         if expected is None:  # a real clock, whose order is its own
             return

@@ -1,0 +1,87 @@
+"""Where frames wait: in memory while there is room, beyond it in files that vanish when nobody needs them any more."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mycel.errors import EngineError
+
+IN_MEMORY = 1 << 25  # bytes
+SUFFIX = ".frame"
+
+
+class Kept:
+    """A frame that waits; ``bytes(kept)`` reads it, ``len(kept)`` is its length, and its room is given back with it."""
+
+    def __init__(self, place: bytes | Path, length: int) -> None:
+        self._place = place
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bytes__(self) -> bytes:
+        return self._place if isinstance(self._place, bytes) else self._place.read_bytes()
+
+
+Frame = bytes | Kept
+
+
+@dataclass
+class Shelf:
+    """Keeps frames.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes that wait in memory; frames beyond it wait in files.
+    folder : Path or None
+        Where the files lie; by default where the operating system keeps temporary ones.
+    """
+
+    budget: int = IN_MEMORY
+    folder: Path | None = None
+    held: int = 0
+    _changing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def keep(self, frame: Frame) -> Kept:
+        """Put a frame away; one that waits already stays where it is."""
+        if isinstance(frame, Kept):
+            return frame
+        with self._changing:
+            room = self.held + len(frame) <= self.budget
+            self.held += len(frame) if room else 0
+        if room:
+            kept = Kept(frame, len(frame))
+            weakref.finalize(kept, self._give_back, len(frame)).atexit = False
+        else:
+            path = self._write(frame)
+            kept = Kept(path, len(frame))
+            weakref.finalize(kept, path.unlink, missing_ok=True)
+        return kept
+
+    def _give_back(self, length: int) -> None:
+        with self._changing:
+            self.held -= length
+
+    def _write(self, frame: bytes) -> Path:
+        where = self.folder or Path(tempfile.gettempdir())
+        path = None
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="mycel-", suffix=SUFFIX, dir=where)
+            path = Path(name)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(frame)
+        except OSError as error:
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise EngineError(
+                f"an answer of {len(frame):,} bytes cannot be set aside in {where}: {error.strerror}; "
+                "make room, and `--resume` goes on from the last round"
+            ) from error
+        return path
