@@ -1,0 +1,165 @@
+"""The laws that every peer engine obeys, ours or a stranger's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from mycel.engines.peers import Answer, Change, PeerLost, PeerRefused, Peers
+from mycel.errors import EngineError
+from mycel.testing.laws import law
+
+PATIENCE = 20.0  # seconds after which something that must happen is missed
+LONG = b"long" * (1 << 18)
+Join = Callable[[str], Awaitable[Peers]]
+SENTENCE = "this peer holds no such block"
+
+
+async def check_peers(join: Join, stranger: Join | None = None) -> None:
+    """Hold a peer engine to its contract; raise ``AssertionError`` with the law it breaks.
+
+    Parameters
+    ----------
+    join : callable
+        Returns a new member of one swarm, under the name it is given.
+    stranger : callable, optional
+        Returns one who holds no certificate of that swarm's authority.
+    """
+    for each in (_sees_members, _answers, _fails, _streams, _loses):
+        members = [await join(f"{each.__name__.strip('_').replace('_', '-')}-{index}") for index in range(2)]
+        try:
+            await asyncio.wait_for(each(*members), 3 * PATIENCE)
+        finally:
+            await asyncio.gather(*(member.close() for member in members))
+    if stranger is not None:
+        await _shuts_out(join, stranger)
+
+
+async def until(true: Callable[[], bool], sentence: str) -> None:
+    """Wait for something that must become true."""
+    for _ in range(int(PATIENCE / 0.01)):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    law(False, sentence)
+
+
+async def _echo(sender: str, verb: str, frame: bytes) -> Answer:
+    if verb == "refuse":
+        raise EngineError(SENTENCE)
+    if verb == "crash":
+        raise ZeroDivisionError("a secret of this machine")
+    if verb == "wait":
+        await asyncio.sleep(float(frame))
+    return f"{sender} asks {verb}: ".encode() + frame
+
+
+async def _meet(one: Peers, two: Peers) -> None:
+    two.serve(_echo)
+    await two.announce({"blocks": [0, 4]})
+    await until(lambda: two.name in one.members(), "a member sees what another announces")
+
+
+async def _sees_members(one: Peers, two: Peers) -> None:
+    seen: list[Change] = []
+
+    async def watch() -> None:
+        seen.extend([change async for change in one.watch()])
+
+    watching = asyncio.create_task(watch())
+    await _meet(one, two)
+    law(one.members()[two.name] == {"blocks": [0, 4]}, "an announcement's facts arrive as they were said")
+    await two.announce({"blocks": [4, 8]})
+    await until(lambda: one.members().get(two.name) == {"blocks": [4, 8]}, "a new announcement replaces the old")
+    await one.announce({"blocks": "mine"})
+    law(one.name not in one.members(), "a member is not among its own others")
+    await two.withdraw()
+    await until(lambda: two.name not in one.members(), "a withdrawn announcement is gone")
+    await one.close()
+    await asyncio.wait_for(watching, PATIENCE)
+    kinds = [(change.kind, change.name) for change in seen]
+    law(kinds == [(kind, two.name) for kind in ("joined", "changed", "left")], "a watcher learns of each change once")
+
+
+async def _answers(one: Peers, two: Peers) -> None:
+    await _meet(one, two)
+    for frame in (b"", b"x", LONG):
+        found = await one.call(two.name, "repeat", frame, PATIENCE)
+        law(found == f"{one.name} asks repeat: ".encode() + frame, "an answer is what the handler made of the frame")
+    many = await asyncio.gather(*(one.call(two.name, "repeat", b"%d" % n, PATIENCE) for n in range(64)))
+    law([found.rpartition(b" ")[2] for found in many] == [b"%d" % n for n in range(64)], "answers meet their calls")
+
+
+async def _fails(one: Peers, two: Peers) -> None:
+    await _meet(one, two)
+    found = await _raised(PeerRefused, one.call(two.name, "refuse", b"", PATIENCE))
+    law(SENTENCE in found, "a refusal carries the member's sentence")
+    found = await _raised(PeerRefused, one.call(two.name, "crash", b"", PATIENCE))
+    law("secret" not in found, "what went wrong on another machine stays there")
+    await _raised(PeerLost, one.call("nobody", "repeat", b"", PATIENCE))
+    await _raised(PeerLost, one.call(two.name, "wait", b"30", 0.05))
+    found = (await one.call(two.name, "repeat", b"on", PATIENCE)).decode()
+    law(found.endswith("on"), "a member that was late once is still there")
+
+
+async def _streams(one: Peers, two: Peers) -> None:
+    stopped: list[int] = []
+
+    async def count(frame: bytes) -> AsyncIterator[bytes]:
+        place = 0
+        try:
+            while place < int(frame):
+                yield b"%d" % place
+                place += 1
+        finally:
+            stopped.append(place)
+
+    async def serve(sender: str, verb: str, frame: bytes) -> Answer:
+        return count(frame)
+
+    await _meet(one, two)
+    two.serve(serve)
+    found = [int(item) async for item in one.stream(two.name, "count", b"50")]
+    law(found == list(range(50)), "a stream's items come in order, all of them, and then it ends")
+    items: Any = one.stream(two.name, "count", b"1000000")
+    async for item in items:
+        if int(item) == 20:
+            break
+    await items.aclose()
+    await until(lambda: len(stopped) == 2, "a stream that nobody reads any more is stopped where it comes from")
+    law(stopped[1] < 100, "a stream runs only a little ahead of its reader")
+
+
+async def _loses(one: Peers, two: Peers) -> None:
+    await _meet(one, two)
+    waiting = asyncio.create_task(one.call(two.name, "wait", b"60"))
+    await asyncio.sleep(0.05)
+    await two.close()
+    await asyncio.wait_for(_raised(PeerLost, waiting), PATIENCE)
+    await until(lambda: two.name not in one.members(), "a member that left is no member")
+    await _raised(PeerLost, one.call(two.name, "repeat", b"", PATIENCE))
+
+
+async def _shuts_out(join: Join, stranger: Join) -> None:
+    member, other = await join("shuts-out-0"), await stranger("shuts-out-1")
+    try:
+        member.serve(_echo)
+        await member.announce({"blocks": [0, 4]})
+        other.serve(_echo)
+        await other.announce({"blocks": [0, 4]})
+        await asyncio.sleep(0.5)
+        law(not other.members(), "a stranger sees nobody")
+        law(not member.members(), "nobody sees a stranger")
+        await _raised(PeerLost, other.call(member.name, "repeat", b"", PATIENCE))
+    finally:
+        await asyncio.gather(member.close(), other.close())
+
+
+async def _raised(kind: type[EngineError], waiting: Awaitable[bytes]) -> str:
+    try:
+        await waiting
+    except kind as error:
+        return str(error)
+    law(False, f"{kind.__name__} is raised")
+    raise AssertionError
