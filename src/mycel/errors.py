@@ -6,6 +6,7 @@
     ├── ModelError       a model, tokeniser or adapter is missing or does not fit
     ├── ParcelError      bytes from a wire or a disk are not a sound parcel
     ├── EngineError      a node or its engine failed
+    ├── GenerationError  a request for text is impossible, or cannot be served now
     ├── RunError         a run folder is in use, damaged, or cannot be written
     └── ExtraMissing     an optional library is not installed
 
@@ -37,6 +38,18 @@ class ParcelError(MycelError):
 
 class EngineError(MycelError):
     """A node, a worker process or the engine that carries parcels failed."""
+
+
+class GenerationError(MycelError):
+    """A request for generated text is impossible, or the service cannot take it now."""
+
+
+class BusyError(GenerationError):
+    """The service has as much to do as it takes; ``seconds`` says when to try again."""
+
+    def __init__(self, found: str, seconds: int) -> None:
+        super().__init__(f"{found}, as many as are taken: try again in {seconds} s")
+        self.seconds = seconds
 
 
 class RunError(MycelError):
