@@ -6,7 +6,9 @@ import importlib
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from mycel.catalog.entries import ENTRIES, Entry
+from mycel.catalog.entries import ENTRIES as TUNING
+from mycel.catalog.entries import Entry
+from mycel.catalog.pretraining import PRETRAINING
 from mycel.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from mycel.rounds.system import System
 
 __all__ = ["ENTRIES", "Entry", "entry", "load_claim", "load_system"]
+
+ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING)
 
 
 def entry(name: str) -> Entry:

@@ -14,13 +14,14 @@ from typing import Any
 
 from mycel.data.columns import Columns
 from mycel.data.examples import Example
-from mycel.data.library import PRIVATE_DOMAINS, private_examples
+from mycel.data.library import PRIVATE_DOMAINS, private_examples, public_text
 from mycel.data.lines import read_lines
 from mycel.errors import DataError
 
 BUILT_IN = "python-library"
+RUNNING_TEXT = "python-text"
 KNOWN = (
-    '"python-library", a .jsonl or .parquet file, a folder of .txt or .md files, '
+    '"python-library", "python-text", a .jsonl or .parquet file, a folder of .txt or .md files, '
     'or a Hugging Face id such as "org/name:split"'
 )
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]%:+-]+))?", re.ASCII)
@@ -55,6 +56,8 @@ def _examples(source: str) -> Iterator[Example]:
         raise DataError(f"data.source is empty text: it is {KNOWN}")
     if source == BUILT_IN:
         return (example for domain in PRIVATE_DOMAINS for example in private_examples(domain))
+    if source == RUNNING_TEXT:
+        return (Example("", piece) for piece in public_text())
     path = Path(source)
     try:
         exists, is_folder = path.exists(), path.is_dir()

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mycel.data.packing import pack_examples, table_of
 from mycel.data.parties import PartyData
 from mycel.data.table import Batch, TokenTable, open_table, save_table
 from mycel.errors import DataError
@@ -39,10 +41,18 @@ class TokenStore:
     bounds: tuple[int, ...]
 
     @classmethod
-    def build(cls, parties: Sequence[PartyData], tokenizer: PreTrainedTokenizerFast, max_length: int) -> TokenStore:
-        """Tokenise what every party holds, each example in at most ``max_length`` tokens."""
-        parts = [party.train for party in parties] + [party.held_out for party in parties]
-        table = TokenTable.from_examples(list(chain.from_iterable(parts)), tokenizer, max_length)
+    def build(
+        cls, parties: Sequence[PartyData], tokenizer: PreTrainedTokenizerFast, max_length: int, pack: bool = False
+    ) -> TokenStore:
+        """Tokenise what every party holds, each example in at most ``max_length`` tokens, or packed in such rows."""
+        parts: list[list[Any]] = [party.train for party in parties] + [party.held_out for party in parties]
+        if pack:
+            names = [party.name for party in parties]
+            whose = [f"party {name!r}" for name in names] + [f"the held-out set of party {name!r}" for name in names]
+            parts = [pack_examples(part, tokenizer, max_length, who) for part, who in zip(parts, whose, strict=True)]
+            table = table_of(list(chain.from_iterable(parts)), int(tokenizer.eos_token_id))
+        else:
+            table = TokenTable.from_examples(list(chain.from_iterable(parts)), tokenizer, max_length)
         bounds = tuple(accumulate((len(part) for part in parts), initial=0))
         return cls(tuple(party.name for party in parties), table, bounds)
 

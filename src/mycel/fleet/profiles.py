@@ -38,6 +38,16 @@ PROFILES: dict[str, Fleet] = {
             Device("phone", gflops=6, memory_gib=3, watts=4, link=_MOBILE),
         ),
     ),
+    "islands": Fleet(
+        "islands",
+        # Speeds of 1 : 1.3 : 2.6 : 5.7, as asynchronous local SGD was measured with, over thin, unequal links.
+        (
+            Device("campus", gflops=100, memory_gib=64, watts=300, link=Link(200, 200, 15)),
+            Device("lab", gflops=77, memory_gib=48, watts=250, link=Link(100, 100, 25)),
+            Device("office", gflops=38.5, memory_gib=32, watts=120, link=Link(50, 100, 35)),
+            Device("home", gflops=17.5, memory_gib=16, watts=60, link=Link(20, 80, 40)),
+        ),
+    ),
     "flaky": Fleet(
         "flaky",
         (

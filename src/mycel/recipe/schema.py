@@ -53,6 +53,7 @@ class Data(Section):
     examples: Positive = Field(400, description="training examples per party, at most")
     held_out: Positive = Field(48, description="held-out examples per party")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens of prompt and response together")
+    pack: bool = Field(False, description="join documents end to end and cut rows of max_length, for pre-training")
 
 
 class Training(Section):

@@ -126,7 +126,7 @@ class Laboratory:
         path = self.folder / f"{seed_of(key)}.safetensors"
         if not path.exists():
             parties = load_parties(recipe.data, recipe.seed)
-            TokenStore.build(parties, open_base(base).tokenizer, recipe.data.max_length).save(path)
+            TokenStore.build(parties, open_base(base).tokenizer, recipe.data.max_length, recipe.data.pack).save(path)
         return path
 
 

@@ -3,6 +3,8 @@
     raw          float32 as it is              topk(0.1)    a fraction by magnitude, and its places
     bf16         bfloat16                      seeds(256)   scalars on random directions, and a seed
     int8(64)     blocks of 8-bit integers      zstd         entropy coding of what stands before it
+    lattice(8)   unbiased, on a shifted grid   rounding(8)  unbiased, up or down by chance
+    fixed(8,0.1) whole numbers of one step, up to a reach: sums of them mean sums
 
 A chain, ``topk(0.1)+int8(64)+zstd``, applies them from left to right.
 """
@@ -17,7 +19,9 @@ from mycel.errors import RecipeError
 from mycel.wire.codec import Codec
 from mycel.wire.codecs.bf16 import BFloat16
 from mycel.wire.codecs.chain import Chain
+from mycel.wire.codecs.fixed import MOST_BITS, Fixed
 from mycel.wire.codecs.int8 import Int8
+from mycel.wire.codecs.lattice import Lattice, Rounding
 from mycel.wire.codecs.layout import LaidOut
 from mycel.wire.codecs.raw import RAW, Raw
 from mycel.wire.codecs.seeds import Seeds
@@ -26,7 +30,7 @@ from mycel.wire.codecs.zstd import Zstd
 
 __all__ = ["CODECS", "RAW", "Chain", "Raw", "Zstd", "parse_codec"]
 
-CODECS = ("raw", "bf16", "int8", "topk", "seeds", "zstd")
+CODECS = ("raw", "bf16", "int8", "fixed", "topk", "seeds", "lattice", "rounding", "zstd")
 LONGEST_SPEC = 100
 LINK = re.compile(r"([a-z][a-z0-9]*)(?:\(([^()]*)\))?")
 
@@ -67,10 +71,17 @@ def _link(text: str, spec: str) -> LaidOut:
         raise RecipeError(f"wire.codec {spec!r}: {name!r} is unknown; {hint}")
     if name == "int8":
         return Int8(_integer(spec, name, "64" if argument is None else argument))
+    if name == "fixed":
+        return _fixed(spec, argument or "")
     if name == "topk":
         return TopK(_fraction(spec, name, argument or ""))
     if name == "seeds":
         return Seeds(_integer(spec, name, "256" if argument is None else argument))
+    if name in {"lattice", "rounding"}:
+        bits = _integer(spec, name, "8" if argument is None else argument, 8)
+        if bits < 2:
+            raise RecipeError(f"wire.codec {spec!r}: {name} takes 2 to 8 bits, found {bits}")
+        return Lattice(bits) if name == "lattice" else Rounding(bits)
     if argument is not None:
         raise RecipeError(f"wire.codec {spec!r}: {name!r} takes no parameter, found {argument!r}")
     return RAW if name == "raw" else BFloat16()
@@ -80,6 +91,16 @@ def _integer(spec: str, name: str, text: str, most: int = 1 << 16) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= most:
         raise RecipeError(f"wire.codec {spec!r}: {name} takes an integer from 1 to {most:,}, found {text!r}")
     return int(text)
+
+
+def _fixed(spec: str, argument: str) -> Fixed:
+    sound = re.fullmatch(r"([0-9]{1,2}),([0-9]*\.?[0-9]+(?:e[+-]?[0-9]{1,2})?)", argument)
+    bits, reach = (int(sound[1]), float(sound[2])) if sound else (0, 0.0)
+    if not 2 <= bits <= MOST_BITS or not 1e-30 <= reach <= 1e30:
+        raise RecipeError(
+            f"wire.codec {spec!r}: fixed takes 2 to {MOST_BITS} bits and the largest magnitude, e.g. fixed(16,0.5)"
+        )
+    return Fixed(bits, reach)
 
 
 def _fraction(spec: str, name: str, text: str) -> float:
