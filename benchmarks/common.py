@@ -84,7 +84,7 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(interval: float = 0.1, itself: bool = True) -> Iterator[Peak]:
+def peak_memory(interval: float = 0.5, itself: bool = True) -> Iterator[Peak]:
     """Sample the memory of all processes below this one, and ``itself``, while the block runs."""
     peak, stop = Peak(), threading.Event()
 

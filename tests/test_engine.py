@@ -136,7 +136,7 @@ class Drifting(InProcessEngine):
 @pytest.mark.parametrize(
     ("kind", "law"),
     [
-        (Homeless, "keeps at home"),
+        (Homeless, "is kept at home"),
         (Mixing, "names the node"),
         (Early, "clock has come there"),
         (Backward, "in this order"),

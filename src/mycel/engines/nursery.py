@@ -43,6 +43,9 @@ class Nursery:
     def __init__(self, main: Main) -> None:
         self._asking = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A collection writes into every object it visits, and memory that is written is shared no more.
+        gc.collect()
+        gc.freeze()
         with warnings.catch_warnings():
             # Threads that are asleep in a library are no danger to a child that never enters their regions.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -65,6 +68,7 @@ class Nursery:
     def close(self) -> None:
         """End the nursery and every worker that is left."""
         self._socket.close()
+        gc.unfreeze()
         os.waitpid(self._pid, 0)
 
     def _ask(self, message: dict[str, int | bool], descriptors: list[int]) -> dict[str, int]:
@@ -86,7 +90,6 @@ def _alone(work: Callable[[], None], *keep: int) -> None:
     """
     status = 1
     try:
-        gc.freeze()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         bounds = [STANDARD - 1, *sorted(keep), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
