@@ -18,6 +18,7 @@ LABELS = {
     "personal": "personal step",
 }
 EVERY = 5.0  # seconds between lines of one phase
+LINES = 40  # most lines of one arm
 
 
 class LiveProgress:
@@ -58,7 +59,7 @@ class LiveProgress:
 
     def arm(self, name: str, total: int) -> None:
         """Show an arm's bar."""
-        self._task(LABELS[name], total)
+        self._task(LABELS.get(name, name), total)
 
     def event(self, entry: dict[str, Any]) -> None:
         """Move an arm's bar when a round has been combined."""
@@ -70,7 +71,7 @@ class LiveProgress:
         note = f"loss {loss:.3f}" if loss is not None else ""
         if arm == "system":
             note += f"  {self._bytes[arm] / 1e6:.1f} MB sent"
-        self._bars.update(self._task(LABELS[arm], entry["round"]), completed=entry["round"], note=note)
+        self._bars.update(self._task(LABELS.get(arm, arm), entry["round"]), completed=entry["round"], note=note)
 
 
 class LineProgress:
@@ -80,6 +81,7 @@ class LineProgress:
         self._console = console
         self._started = time.monotonic()
         self._said: dict[str, float] = {}
+        self._every: dict[str, int] = {}
 
     def __enter__(self) -> LineProgress:
         return self
@@ -99,14 +101,15 @@ class LineProgress:
 
     def arm(self, name: str, total: int) -> None:
         """Say that an arm begins."""
-        self._say(f"{LABELS[name]}: begins, {total} rounds")
+        self._every[name] = max(1, total // LINES)
+        self._say(f"{LABELS.get(name, name)}: begins, {total} rounds")
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Say that a round has been combined."""
-        if entry["event"] == "round":
+        """Say that a round has been combined; of very many, only some."""
+        if entry["event"] == "round" and entry["round"] % self._every.get(entry["arm"], 1) == 0:
             loss = entry.get("loss_before")
             tail = f", loss before it {loss:.3f}" if loss is not None else ""
-            self._say(f"{LABELS[entry['arm']]}: round {entry['round']} combined{tail}")
+            self._say(f"{LABELS.get(entry['arm'], entry['arm'])}: round {entry['round']} combined{tail}")
 
 
 def show_progress(console: Console) -> LiveProgress | LineProgress:

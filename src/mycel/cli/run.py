@@ -11,7 +11,7 @@ from mycel.cli.progress import show_progress
 from mycel.recipe import load_recipe
 
 
-def run_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool) -> None:
+def run_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool, on: str = "") -> None:
     """Run a recipe for a person or a script."""
     recipe = load_recipe(name, overrides)
     folder = out or Path("runs") / f"{Path(name.partition(':')[0]).stem}-{recipe.seed}"
@@ -19,17 +19,24 @@ def run_command(name: str, overrides: list[str], out: Path | None, resume: bool,
     messages.print(f"[bold]{recipe.title or recipe.system}[/bold]  (system {recipe.system}, seed {recipe.seed})")
     with show_progress(messages) as watcher:
         watcher.phase("loading libraries", 0, 1)
-        from mycel.run.execute import run_recipe
+        if on:
+            from mycel.run.federated import run_federated
 
-        watcher.phase("loading libraries", 1, 1)
-        result = run_recipe(recipe, folder, resume, watcher)
+            watcher.phase("loading libraries", 1, 1)
+            result = run_federated(recipe, on, folder, resume, watcher)
+        else:
+            from mycel.run.execute import run_recipe
+
+            watcher.phase("loading libraries", 1, 1)
+            result = run_recipe(recipe, folder, resume, watcher)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
         return
-    from mycel.report import bytes_line, summary_table
+    from mycel.report import bytes_line, summary_table, ways_table
 
     console = Console()
-    console.print(summary_table(result))
+    ways = ways_table(result)
+    console.print(summary_table(result) if ways is None else ways)
     console.print(bytes_line(result))
     console.print(f"run folder  {folder}\nreport      {folder / 'report.html'}\nmodel       {folder / 'model'}")
     console.print("\nNext:")

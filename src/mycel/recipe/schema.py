@@ -96,6 +96,31 @@ class Guard(Section):
     """What protects what leaves."""
 
     clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of a party's update; 0: none")
+    sums: Literal["plain", "masked", "sparsely-masked", "homomorphic"] = Field(
+        "plain", description="how answers are added up: in the open, under masks (sparse graph: cheaper), or CKKS"
+    )
+    staying: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.67, description="share of the asked parties that is enough to open a masked sum"
+    )
+    filter: str = Field("", description='what distrusts answers, e.g. "median" or "krum(0.2)"; empty: nothing')
+    root: str = Field("", description="source of the coordinator's own examples, for the filter fltrust")
+    private: Literal["", "user", "local", "example"] = Field(
+        "", description="differential privacy: of parties by the coordinator, by themselves, or of single examples"
+    )
+    noise: Annotated[float, Field(ge=0)] = Field(0.0, description="noise's deviation over its sensitivity")
+    epsilon: float = Field(0.0, description="instead of noise: the epsilon that the whole run may cost")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="odds with which epsilon may be exceeded")
+    within: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of updates that adaptive clipping keeps whole; 0: the bound is fixed"
+    )
+    replayable: bool = Field(False, description="noise from the recipe's seed: repeats to the bit, protects nobody")
+
+
+class Threat(Section):
+    """A drill: parties that lie, to see what a guard is worth."""
+
+    attack: str = Field("", description='what liars do, e.g. "sign_flip" or "scale(10)"; empty: nobody lies')
+    share: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="share of the parties that lie")
 
 
 class FleetSpec(Section):
@@ -124,12 +149,13 @@ class Recipe(Section):
     rounds: Rounds = Rounds()
     wire: Wire = Wire()
     guard: Guard = Guard()
+    threat: Threat = Threat()
     fleet: FleetSpec = FleetSpec()
     engine: Engine = Engine()
     knobs: dict[str, Any] = Field(default={}, description="the system's own settings, checked against its Knobs")
-    compare: list[Literal["local", "centralised", "personal"]] = Field(
-        default=[], description="arms to run beside the system"
-    )
+    compare: list[
+        Literal["local", "centralised", "personal", "synchronous", "diloco", "async_diloco", "acco", "qsdp"]
+    ] = Field(default=[], description="arms to run beside the system; the last five beside DiLoCo, on as many tokens")
     personal_steps: Positive = Field(20, description="steps of the personal arm, from the federated state")
 
     def to_toml(self) -> str:

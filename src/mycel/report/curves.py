@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Cost = Literal["rounds", "bytes", "time"]
+Cost = Literal["rounds", "steps", "bytes", "time"]
 COSTS: tuple[Cost, ...] = ("rounds", "bytes", "time")
 SIZE = (330.0, 256.0)
 """Width and height of a curve plot, in CSS pixels."""
@@ -79,14 +79,20 @@ def curve_plot(curves: Sequence[Curve], cost: Cost, seeds: str, levels: Sequence
     """Draw loss curves against one cost, each labelled at its end."""
     name, title = (
         f"loss-{cost}",
-        {"rounds": "Loss by round", "bytes": "Loss by traffic", "time": "Loss by time"}[cost],
+        {"rounds": "Loss by round", "steps": "Loss by step", "bytes": "Loss by traffic", "time": "Loss by time"}[cost],
     )
     drawn = [line for line in curves if len(line.x) > 1]
     largest = max((max(line.x) for line in drawn), default=0.0)
     if not drawn or largest <= 0:
         return Plot(name, title, "", "third", reason="fewer than two rounds were evaluated")
-    divisor, unit = {"rounds": (1.0, "rounds"), "bytes": byte_unit(largest), "time": time_unit(largest)}[cost]
-    label = {"rounds": "rounds", "bytes": f"{unit} sent, up and down", "time": f"virtual {unit}"}[cost]
+    counted = {"rounds": (1.0, "rounds"), "steps": (1.0, "steps")}
+    divisor, unit = {**counted, "bytes": byte_unit(largest), "time": time_unit(largest)}[cost]
+    label = {
+        "rounds": "rounds",
+        "steps": "steps of an island",
+        "bytes": f"{unit} sent, up and down",
+        "time": f"virtual {unit}",
+    }[cost]
 
     def paint(figure: Figure) -> None:
         labels = [line.label for line in drawn] + [level.label for level in levels]
@@ -99,11 +105,12 @@ def curve_plot(curves: Sequence[Curve], cost: Cost, seeds: str, levels: Sequence
             frame.plot(x[-1], line.y[-1], "o", color=light(line.color), markersize=5, clip_on=False)
         for level in levels:
             frame.axhline(level.loss, color=light(level.color), linewidth=1.2, linestyle=(0, (4, 3)))
-        _scale(frame, largest / divisor, whole=cost == "rounds")
+        _scale(frame, largest / divisor, whole=cost in {"rounds", "steps"})
         _label_ends(frame, [Level(line.label, line.color, line.y[-1]) for line in drawn] + list(levels))
 
     caption = {
         "rounds": "Held-out loss (nats per token) after each round.",
+        "steps": "Held-out loss (nats per token) against the batches that an island has trained on.",
         "bytes": "The same loss against every serialised byte sent in both directions.",
         "time": "The same loss against virtual time: transfers and compute by the fleet's cost model.",
     }[cost]

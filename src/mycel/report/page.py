@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mycel.errors import RunError
+from mycel.report.islands import ways, ways_plots
 from mycel.report.plots import arm_bars, byte_bars, loss_plots
 from mycel.report.source import Result, read_events, read_result
 from mycel.report.style import palette_css
@@ -45,6 +46,7 @@ def write_report(folder: Path) -> Path:
     result = read_result(folder)
     timeline = read_timeline(read_events(folder))
     rows = summary_rows(result)
+    curves = ways_plots(result) or [*loss_plots(result), arm_bars(result)]
     text = render(
         "template.html",
         title=result.title or f"{result.system}, seed {result.seed}",
@@ -54,7 +56,8 @@ def write_report(folder: Path) -> Path:
         rows=rows,
         arms=shown_arms(rows),
         headings={arm: heading.capitalize() for arm, heading in ARMS.items()},
-        plots=[*loss_plots(result), arm_bars(result), byte_bars(result), gantt(result, timeline)],
+        plots=[*curves, byte_bars(result), gantt(result, timeline)],
+        ways=ways(result),
         wire=bytes_line(result),
         recipe=recipe_toml(result),
         recipe_sha256=str(result.recipe.get("sha256", "")),

@@ -125,6 +125,25 @@ class Dropped(Part):
     lost: Count = 0
 
 
+class Moment(Part):
+    """One point of an arm's curve: what it had spent when it had this held-out loss."""
+
+    steps: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    bytes: Count
+    virtual_seconds: Seconds
+    loss: float | None = None
+
+
+class Way(Part):
+    """One arm of a run: what it reached, and what for."""
+
+    system: str = ""
+    loss: float | None = None
+    bytes: Count = 0
+    virtual_seconds: Seconds = 0.0
+    curve: list[Moment] = []
+
+
 class Result(Part):
     """The whole of ``result.json``."""
 
@@ -141,6 +160,7 @@ class Result(Part):
     seconds: Seconds = 0.0
     virtual_seconds: Seconds = 0.0
     predicted: dict[str, Any] | None = None
+    arms: dict[str, Way] = {}
 
 
 def finite(value: float | None) -> float | None:

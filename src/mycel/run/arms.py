@@ -3,6 +3,7 @@
 - ``local``: each party alone, in one uninterrupted piece of training as long as its part in the federation and the
   personal step together, so that joining has nothing to gain from longer training.
 - ``centralised``: one party that holds everything, which privacy forbids; as many steps as all parties together.
+- those of `mycel.run.islands`: other ways to pre-train the same islands on as many tokens.
 - ``personal``: a short step at home on each party's own data, from the federation's final state.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mycel.recipe.schema import Recipe
+from mycel.run.islands import ISLAND_ARMS, island_arm
 
 _ALONE = {"rounds.count": 1, "rounds.cohort": 1.0, "rounds.quorum": 1.0, "rounds.pace": "synchronous", "knobs": {}}
 _PLAIN_WIRE = {"wire.codec": "raw", "wire.brief_codec": "raw", "wire.error_feedback": False}
@@ -66,4 +68,6 @@ def arms_of(recipe: Recipe, parties: int) -> list[Arm]:
     }
     beside = [made[name]() for name in ("centralised", "local") if name in recipe.compare]
     last = [made["personal"]()] if "personal" in recipe.compare else []
-    return [*beside, Arm("system", recipe), *last]
+    # The arms that exchange every step have the most to do, so they come before the system's own few rounds.
+    islands = [Arm(name, island_arm(recipe, name, parties)) for name in ISLAND_ARMS if name in recipe.compare]
+    return [*beside, *islands, Arm("system", recipe), *last]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,25 @@ from mycel.rounds.deadline import WINDOW
 from mycel.rounds.system import State
 from mycel.run.folder import write_bytes
 from mycel.wire.parcel import Parcel, Tensors
+
+
+@dataclass
+class Sparing:
+    """Saves checkpoints to ``path``, and of rounds that pass quickly only as many as cost a small share of the time."""
+
+    path: Path
+    share: float = 0.1
+    _cost: float = 0.0
+    _saved: float = -math.inf
+
+    def __call__(self, coordinator: Coordinator) -> None:
+        """Save after a round, unless the last one was saved a moment ago; the end is always saved."""
+        started = time.monotonic()
+        if not coordinator.progress.delivered and started - self._saved < self._cost / self.share:
+            return
+        save_checkpoint(coordinator, self.path)
+        self._saved = time.monotonic()
+        self._cost = self._saved - started
 
 
 def save_checkpoint(coordinator: Coordinator, path: Path) -> None:

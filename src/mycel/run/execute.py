@@ -30,7 +30,7 @@ from mycel.rounds.probe import Probes, probe_all
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
 from mycel.rounds.world import World
 from mycel.run.arms import Arm, arms_of
-from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint
+from mycel.run.checkpoint import Sparing, checkpoint_clock, homes_of, read_checkpoint, restore
 from mycel.run.folder import RunFolder, write_json, writing
 from mycel.run.log import EventLog
 from mycel.run.result import build_result
@@ -173,7 +173,7 @@ class Execution:
             world,
             labour,
             lambda event, **fields: self._record(arm.name, event, **fields),
-            lambda coordinator: save_checkpoint(coordinator, path),
+            Sparing(path),
             Shelf(folder=path.parent),
         )
         if saved is None:
@@ -212,11 +212,13 @@ def check_recipe(recipe: Recipe) -> None:
             f"compare lists 'personal', which goes on from the federation's trained state, and the system "
             f"{recipe.system!r} merges what it trains into the base: leave 'personal' out"
         )
+    parties = _count_parties(recipe)
+    for arm in arms_of(recipe, parties):
+        load_system(arm.recipe)
     parse_codec(recipe.wire.codec)
     parse_codec(recipe.wire.brief_codec)
     load_fleet(recipe.fleet.devices)
     ranks = recipe.trainable.rank
-    parties = _count_parties(recipe)
     if isinstance(ranks, list) and len(ranks) != parties:
         raise RecipeError(
             f"trainable.rank lists {len(ranks)} ranks for {parties} parties: give one for each, or a single rank"

@@ -12,6 +12,7 @@ from mycel.recipe.schema import Recipe
 from mycel.rounds.probe import Probes
 from mycel.rounds.simulation import Finished
 from mycel.rounds.world import Node
+from mycel.run.curves import arm_entries
 
 NAMES = {
     "base": "base",
@@ -27,9 +28,11 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
     main = finished["system"]
     nodes = main.world.nodes
     own = {name: probes.own(name) if name in probes.scores else arm.scores() for name, arm in finished.items()}
+    own = {name: scores for name, scores in own.items() if name in NAMES}
     own["base"] = probes.own("base") if "base" in probes.scores else main.scores(0)
     mixture = {
-        name: _finite(probes.mixture(name) if name in probes.scores else _together(own[name]).loss) for name in finished
+        name: _finite(probes.mixture(name) if name in probes.scores else _together(arm.scores()).loss)
+        for name, arm in finished.items()
     }
     final = _together(own["system"])
     return {
@@ -65,14 +68,7 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
         "state_sha256": main.state.sha256(),
         "seconds": round(seconds, 3),
         "virtual_seconds": main.virtual_seconds,
-        "arms": {
-            name: {
-                "system": arm.world.recipe.system,
-                "state_sha256": arm.state.sha256(),
-                "virtual_seconds": arm.virtual_seconds,
-            }
-            for name, arm in finished.items()
-        },
+        "arms": arm_entries(recipe, finished, mixture),
     }
 
 
