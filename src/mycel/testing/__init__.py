@@ -6,9 +6,18 @@ test framework, no network and no trained model.
 
 from mycel.testing.codecs import check_codec
 from mycel.testing.combine import check_combine
+from mycel.testing.decisions import check_decision
 from mycel.testing.engines import check_engine
 from mycel.testing.paces import check_pace
 from mycel.testing.peers import check_peers
 from mycel.testing.trainables import check_trainable
 
-__all__ = ["check_codec", "check_combine", "check_engine", "check_pace", "check_peers", "check_trainable"]
+__all__ = [
+    "check_codec",
+    "check_combine",
+    "check_decision",
+    "check_engine",
+    "check_pace",
+    "check_peers",
+    "check_trainable",
+]
