@@ -38,7 +38,7 @@ class Probes:
 
 def probe_all(finished: Mapping[str, Finished], labour: Labour) -> Probes:
     """Score the final model of every node of every arm, and the system's starting point, on every party's examples."""
-    parties = len(finished["system"].world.nodes)
+    parties = len(finished["system"].world.site.store.names)
     frames: dict[tuple[str, int], tuple[str, int, bytes, bytes]] = {}
     for name, arm in finished.items():
         for node in range(len(arm.world.nodes)):
