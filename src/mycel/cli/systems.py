@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mycel.catalog.entries import ENTRIES
+from mycel.catalog import ENTRIES
 
 
 def systems_command(as_json: bool) -> None:
