@@ -44,6 +44,10 @@ class GenerationError(MycelError):
     """A request for generated text is impossible, or the service cannot take it now."""
 
 
+class UnknownModel(GenerationError):
+    """A model or adapter is asked for that is not served."""
+
+
 class BusyError(GenerationError):
     """The service has as much to do as it takes; ``seconds`` says when to try again."""
 

@@ -114,3 +114,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | No
         y = torch.mm(weight, across.expand(inputs, 2))[:, :1].t()
     shaped = y.contiguous().view(*x.shape[:-1], outputs)
     return shaped if bias is None else shaped.add_(bias)
+
+
+Layer = FewRowLinear | FewRowConv1D

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,7 @@ class Service:
 
     def __init__(self, engine: Engine, most: int = 256) -> None:
         self.engine, self.most = engine, most
+        self.context, self.vocabulary = engine.context, engine.executor.vocabulary
         self.unfinished = 0
         self.rate = 0.0  # requests a second, lately
         self.failure = ""
@@ -50,7 +51,7 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request, spans: Spans | None = None) -> AsyncIterator[Token]:
+    async def stream(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[Token]:
         """Yield a request's tokens as they come; leaving the iteration early cancels the request.
 
         Raises
@@ -73,9 +74,10 @@ class Service:
                 loop.call_soon_threadsafe(arrived.put_nowait, token)
 
         self.unfinished += 1
-        self._do(lambda: identity.append(self.engine.submit(request, listener)))
+        submitted = self.call(lambda: identity.append(self.engine.submit(request, listener)))
         ended = False
         try:
+            await submitted
             while not ended:
                 token = await arrived.get()
                 ended = token.reason is not None
@@ -89,7 +91,7 @@ class Service:
             self.unfinished -= 1
             self._pace(spans)
             if not ended:
-                self._do(lambda: self.engine.cancel(identity[0]))
+                self._do(lambda: self.engine.cancel(identity[0] if identity else 0))
 
     def patience(self) -> int:
         """Return after how many whole seconds a refused caller may try again: when a place should be free."""

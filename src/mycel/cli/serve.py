@@ -1,0 +1,75 @@
+"""``mycel serve``: one machine, an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from mycel.errors import ExtraMissing, GenerationError
+
+UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Place(NamedTuple):
+    """Where the door stands and who may come in."""
+
+    host: str
+    port: int
+    keys: list[str]
+
+
+def serve_command(
+    model: str, place: Place, engine: str, adapters: list[str], shelf: Path | None, memory: str, most: int, remote: str
+) -> None:
+    """Open the model and serve it until interrupted."""
+    need("starlette", "uvicorn", "prometheus_client", extra="serve")
+    keys = [*place.keys, *filter(None, os.environ.get("MYCEL_API_KEYS", "").split(","))]
+    named = _named(adapters)
+    size = size_in_bytes("--memory", memory)
+    messages = Console(stderr=True)
+    if engine == "vllm":
+        from mycel.door.remote import serve_remote
+
+        serve_remote(remote, place.host, place.port, keys, lambda address: messages.print(f"{remote} at {address}/v1"))
+        return
+    with messages.status("loading libraries") as status:
+        from mycel.door.run import serve
+        from mycel.generation.backends import Setup, open_engine
+
+        def progress(phase: str, done: int, total: int) -> None:
+            status.update(f"{phase} {done}/{total}")
+
+        served = open_engine(engine, Setup(model, named, shelf, size, most), progress)
+    names = ", ".join(served.names())
+    serve(served, place.host, place.port, keys, lambda address: messages.print(f"{names} at {address}/v1"))
+
+
+def need(*libraries: str, extra: str) -> None:
+    """Refuse with the line that installs it when a library is missing."""
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise ExtraMissing(library, extra)
+
+
+def size_in_bytes(name: str, text: str) -> int:
+    """Read a size such as ``512MiB``."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([a-zA-Z]*)\s*", text)
+    unit = UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise GenerationError(f"{name} is {text!r}: write a size such as 512MiB or 4GiB")
+    return int(float(match[1]) * unit)
+
+
+def _named(adapters: list[str]) -> dict[str, str]:
+    named = {}
+    for adapter in adapters:
+        name, separator, folder = adapter.partition("=")
+        if not separator or not name or not folder:
+            raise GenerationError(f"--adapter is {adapter!r}: write NAME=FOLDER")
+        named[name] = folder
+    return named

@@ -1,0 +1,63 @@
+"""Standing at the door: the HTTP server around the application."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+
+import uvicorn
+
+from mycel.door.app import Door
+from mycel.errors import EngineError
+from mycel.generation.served import Served
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    served: Served, host: str, port: int, keys: Sequence[str] = (), ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until interrupted.
+
+    Parameters
+    ----------
+    served : Served
+        What answers.
+    host, port
+        Where to listen; port 0 takes a free one.
+    keys : sequence of str
+        Keys of which clients must bring one.
+    ready : callable, optional
+        Told the server's address when it listens.
+
+    Raises
+    ------
+    EngineError
+        When the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise EngineError(
+            f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port"
+        ) from error
+    listener.listen(1024)
+    config = uvicorn.Config(
+        Door(served, keys).app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    if ready is not None:
+        ready(f"http://{host}:{listener.getsockname()[1]}")
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+        served.backend.close()

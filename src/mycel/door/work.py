@@ -1,0 +1,203 @@
+"""One HTTP request at work: its prompts as token ids, its choices under way, its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from mycel.door.answers import Choice, Writer
+from mycel.door.chat import chat_prompt
+from mycel.door.metrics import Metrics
+from mycel.door.schema import ChatBody, CompletionBody, Refused
+from mycel.generation.request import Request, Token
+from mycel.generation.served import Served
+from mycel.generation.service import Spans
+
+Result = TypeVar("Result")
+
+
+class Work:
+    """The choices of one request.
+
+    Parameters
+    ----------
+    served : Served
+        What generates.
+    requests : list of (Request, str)
+        One for each choice, and the text to echo before it.
+    writer : Writer
+        Forms the answer.
+    """
+
+    def __init__(self, served: Served, requests: list[tuple[Request, str]], writer: Writer) -> None:
+        self.served, self.writer = served, writer
+        self.requests = [request for request, _ in requests]
+        self.choices = [Choice(index, echo) for index, (_, echo) in enumerate(requests)]
+        self.arrived = time.monotonic()
+
+    def check(self) -> None:
+        """Refuse at once what cannot be answered."""
+        for request in self.requests:
+            request.check(self.served.backend.vocabulary, self.served.backend.context)
+
+    async def whole(self, http: HttpRequest, metrics: Metrics) -> dict[str, Any]:
+        """Return the finished answer.
+
+        Raises
+        ------
+        ClientDisconnect
+            When the client has gone; what was under way is cancelled.
+        """
+        return self.writer.whole(await _unless_gone(http, self._gather(metrics)))
+
+    async def streamed(self, http: HttpRequest, metrics: Metrics, usage: bool) -> Response:
+        """Return a response that sends tokens as they come; the first is awaited, so that a refusal has its status."""
+        pieces = self._pieces(metrics)
+        try:
+            first = await _unless_gone(http, anext(pieces))
+        except BaseException:
+            await pieces.aclose()
+            raise
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._events(first, pieces, usage), media_type="text/event-stream", headers=headers)
+
+    async def _events(
+        self, first: tuple[Choice, Token], rest: AsyncGenerator[tuple[Choice, Token]], usage: bool
+    ) -> AsyncIterator[bytes]:
+        async with aclosing(rest):
+            for choice in self.choices:
+                if (opening := self.writer.first(choice)) is not None:
+                    yield _event(opening)
+            yield _event(self.writer.piece(*first))
+            try:
+                async for choice, token in rest:
+                    yield _event(self.writer.piece(choice, token))
+            except Exception as error:
+                # The status is long sent: the stream itself says what happened, and ends without its mark.
+                yield _event({"error": {"message": str(error)[:300], "type": "server_error"}})
+                return
+            if usage:
+                yield _event(self.writer.last(self.choices))
+            yield b"data: [DONE]\n\n"
+
+    async def _gather(self, metrics: Metrics) -> list[Choice]:
+        async with aclosing(self._pieces(metrics)) as pieces:
+            async for _ in pieces:
+                pass
+        return self.choices
+
+    async def _pieces(self, metrics: Metrics) -> AsyncGenerator[tuple[Choice, Token]]:
+        """Yield the tokens of all choices as they come."""
+        if len(self.requests) == 1:
+            async with aclosing(self._tokens(0, metrics)) as tokens:
+                async for token in tokens:
+                    yield self.choices[0], token
+            return
+        arrived: asyncio.Queue[tuple[Choice, Token] | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._forward(index, metrics, arrived)) for index in range(len(self.requests))]
+        try:
+            for _ in tasks:
+                while (piece := await arrived.get()) is not None:
+                    yield piece
+            for task in tasks:
+                await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forward(self, index: int, metrics: Metrics, arrived: asyncio.Queue[tuple[Choice, Token] | None]) -> None:
+        try:
+            async with aclosing(self._tokens(index, metrics)) as tokens:
+                async for token in tokens:
+                    arrived.put_nowait((self.choices[index], token))
+        finally:
+            arrived.put_nowait(None)
+
+    async def _tokens(self, index: int, metrics: Metrics) -> AsyncGenerator[Token]:
+        spans, ended = Spans(), False
+        request = self.requests[index]
+        try:
+            async with aclosing(self.served.backend.stream(request, spans)) as tokens:
+                async for token in tokens:
+                    self.choices[index].take(token)
+                    ended = token.reason is not None
+                    yield token
+        finally:
+            metrics.finished(self.arrived, len(request.prompt), spans)
+            if spans.tokens and not ended:
+                metrics.left()
+
+
+def completion_work(served: Served, body: CompletionBody, adapter: str) -> Work:
+    """Make work of a completion's body."""
+    logprobs = -1 if body.logprobs is None else body.logprobs
+    if body.echo and logprobs >= 0:
+        raise Refused(400, "echo with logprobs is not served here: leave one out", "echo")
+    requests: list[tuple[Request, str]] = []
+    asked = 0
+    for prompt in body.prompts():
+        ids = _tokens(served, prompt) if isinstance(prompt, str) else prompt
+        asked += len(ids)
+        text = prompt if isinstance(prompt, str) else ""
+        for choice in range(body.n):
+            sampling = body.drawing(choice, logprobs)
+            request = Request(tuple(ids), body.max_tokens or 16, sampling, body.stops(), _ends(served, body), adapter)
+            requests.append((request, (text or served.tokenizer.decode(ids)) if body.echo else ""))
+    return Work(served, requests, Writer(False, body.model, served.tokenizer, logprobs >= 0, asked))
+
+
+def chat_work(served: Served, body: ChatBody, adapter: str) -> Work:
+    """Make work of a chat's body."""
+    ids, ends = chat_prompt(served.tokenizer, body.messages)
+    # Without a limit the answer may fill the context.
+    most = body.max_completion_tokens or body.max_tokens or max(1, served.backend.context - len(ids))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else -1
+    requests = []
+    for choice in range(body.n):
+        sampling = body.drawing(choice, logprobs)
+        requests.append((Request(tuple(ids), most, sampling, body.stops() + ends, _ends(served, body), adapter), ""))
+    return Work(served, requests, Writer(True, body.model, served.tokenizer, logprobs >= 0, len(ids)))
+
+
+def _tokens(served: Served, text: str) -> list[int]:
+    ids: list[int] = served.tokenizer(text, add_special_tokens=True)["input_ids"]
+    if not ids and served.tokenizer.bos_token_id is not None:
+        return [int(served.tokenizer.bos_token_id)]
+    return ids
+
+
+def _ends(served: Served, body: CompletionBody | ChatBody) -> frozenset[int]:
+    return frozenset() if body.ignore_eos else served.ends
+
+
+async def _unless_gone(http: HttpRequest, action: Coroutine[Any, Any, Result]) -> Result:
+    """Return what ``action`` returns, and cancel it when the client goes away."""
+    work = asyncio.ensure_future(action)
+    gone = asyncio.create_task(_gone(http))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return await work
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _gone(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"

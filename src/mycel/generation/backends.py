@@ -1,0 +1,86 @@
+"""Which engine generates behind the door: our own, or one that others keep, as an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mycel.errors import GenerationError
+from mycel.generation.engine import Limits
+from mycel.generation.served import Found, Served, find_model, open_served
+from mycel.models.base import Progress
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is to be served.
+
+    Attributes
+    ----------
+    model : str
+        Name, place or run folder; the name to ask for, at a remote server.
+    adapters : dict of str to str
+        More adapters, folders by name.
+    shelf : Path or None
+        Folder in which adapters appear while the server runs.
+    memory : int
+        Bytes of keys and values.
+    most : int
+        Largest number of unfinished requests.
+    remote : str
+        Address of a remote server.
+    """
+
+    model: str
+    adapters: dict[str, str]
+    shelf: Path | None
+    memory: int
+    most: int
+    remote: str = ""
+
+
+def open_engine(engine: str, setup: Setup, progress: Progress | None = None) -> Served:
+    """Open a model with one of the engines.
+
+    Raises
+    ------
+    GenerationError
+        When there is no such engine.
+    ExtraMissing
+        When its library is not installed.
+    """
+    if engine not in ENGINES:
+        raise GenerationError(f"--engine is {engine!r}: choose one of {', '.join(ENGINES)}")
+    return ENGINES[engine](setup, progress)
+
+
+def _own(setup: Setup, progress: Progress | None) -> Served:
+    found = find_model(setup.model, setup.adapters, progress)
+    return open_served(found, Limits(memory=setup.memory), most=setup.most, shelf=setup.shelf)
+
+
+def _ctranslate2(setup: Setup, progress: Progress | None) -> Served:
+    from mycel.generation.ctranslate import open_ctranslate
+
+    return open_ctranslate(_bare(setup, progress), setup.most)
+
+
+def _llama_cpp(setup: Setup, progress: Progress | None) -> Served:
+    from mycel.generation.llamacpp import open_llama_cpp
+
+    return open_llama_cpp(_bare(setup, progress), setup.most)
+
+
+def _bare(setup: Setup, progress: Progress | None) -> Found:
+    if setup.adapters or setup.shelf is not None:
+        raise GenerationError("this engine serves bases alone: leave --adapter out, or use --engine mycel")
+    found = find_model(setup.model, {}, progress)
+    return Found(found.name, found.base, {})
+
+
+ENGINES: dict[str, Callable[[Setup, Progress | None], Served]] = {
+    "mycel": _own,
+    "ctranslate2": _ctranslate2,
+    "llama.cpp": _llama_cpp,
+}

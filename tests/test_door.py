@@ -1,0 +1,249 @@
+"""The door over a real process: driven by the OpenAI client, by curl, and by clients that mean no good."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import httpx
+import openai
+import pytest
+
+from mycel.models.base import Base
+from serving import greedy_text, micro, server, write_adapter_folder
+
+PROMPT = "def add(first, second):\n    "
+KEY = "open-sesame"
+
+
+@dataclass
+class Place:
+    """A running server, the base it serves, and the shelf of its adapters."""
+
+    address: str
+    base: Base
+    shelf: Path
+    client: openai.OpenAI
+
+    def post(self, path: str, content: bytes | str, **headers: str) -> httpx.Response:
+        known = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+        return httpx.post(f"{self.address}{path}", content=content, headers=known, timeout=30)
+
+    def gauge(self, name: str) -> float:
+        text = httpx.get(f"{self.address}/metrics").text
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    base = micro()
+    shelf = tmp_path_factory.mktemp("shelf")
+    write_adapter_folder(base, shelf / "first" / "model" / "adapter", seed=1)
+    options = ["--adapters", str(shelf), "--api-key", KEY, "--requests", "24", "--memory", "8MiB"]
+    with server("micro", *options) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client:
+        yield Place(address, base, shelf, client.with_options(max_retries=0))
+
+
+def test_openai_client_gets_the_greedy_text_whole_and_streamed(place: Place) -> None:
+    asked: dict[str, Any] = {"model": "micro", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    whole = place.client.completions.create(**asked)
+    assert whole.choices[0].text == greedy_text(place.base, PROMPT, 24)
+    assert whole.usage is not None
+    prompt = len(place.base.tokenizer(PROMPT)["input_ids"])
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (prompt, 24)
+    pieces = list(place.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole.choices[0].text
+    assert pieces[-2].choices[0].finish_reason == "length"
+    assert pieces[-1].usage == whole.usage
+
+
+def test_chat_streams_and_says_who_speaks(place: Place) -> None:
+    messages: Any = [{"role": "system", "content": "You write code."}, {"role": "user", "content": "add two"}]
+    asked: dict[str, Any] = {"model": "micro", "messages": messages, "max_tokens": 12, "temperature": 0}
+    whole = place.client.chat.completions.create(**asked)
+    pieces = list(place.client.chat.completions.create(**asked, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    said = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert said == whole.choices[0].message.content
+    text = "You write code.\nUser: add two\nAssistant:"
+    assert said == greedy_text(place.base, text, 12).partition("\nUser:")[0]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(place: Place) -> None:
+    full = greedy_text(place.base, PROMPT, 40)
+    stop = full[len(full) // 2 : len(full) // 2 + 4]
+    asked: dict[str, Any] = {"model": "micro", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stop": [stop]}
+    whole = place.client.completions.create(**asked)
+    assert whole.choices[0].text == full.partition(stop)[0]
+    assert whole.choices[0].finish_reason == "stop"
+    streamed = "".join(piece.choices[0].text for piece in place.client.completions.create(**asked, stream=True))
+    assert streamed == whole.choices[0].text
+
+
+def test_a_seed_repeats_and_choices_differ(place: Place) -> None:
+    asked: dict[str, Any] = {"model": "micro", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "n": 3}
+    first = [choice.text for choice in place.client.completions.create(**asked, seed=7).choices]
+    again = [choice.text for choice in place.client.completions.create(**asked, seed=7).choices]
+    other = [choice.text for choice in place.client.completions.create(**asked, seed=8).choices]
+    assert first == again != other
+    assert len(set(first)) > 1
+
+
+def test_logprobs_are_the_models_own(place: Place) -> None:
+    import torch
+
+    asked: dict[str, Any] = {"model": "micro", "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
+    found = place.client.completions.create(**asked, logprobs=3).choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    assert found.top_logprobs is not None
+    ids = place.base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    scores = torch.log_softmax(place.base.model(ids).logits[0, -1], -1)
+    assert found.token_logprobs[0] == pytest.approx(float(scores.max()), abs=1e-4)
+    assert sorted(found.top_logprobs[0].values()) == pytest.approx(sorted(scores.topk(3).values.tolist()), abs=1e-4)
+    chat = place.client.chat.completions.create(
+        model="micro",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"ignore_eos": True},
+    )
+    assert chat.choices[0].logprobs is not None
+    assert [len(token.top_logprobs) for token in chat.choices[0].logprobs.content or []] == [2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # peft asks transformers by the older name
+def test_adapters_answer_together_each_as_merged_by_peft(place: Place) -> None:
+    write_adapter_folder(place.base, place.shelf / "second", seed=2)  # appears while the server runs
+    names = [model.id for model in place.client.models.list()]
+    assert names == ["micro", "micro:first", "micro:second"]
+    folders = {
+        "micro": [],
+        "micro:first": [place.shelf / "first/model/adapter"],
+        "micro:second": [place.shelf / "second"],
+    }
+
+    def ask(name: str) -> str:
+        return place.client.completions.create(model=name, prompt=PROMPT, max_tokens=24, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, [*folders, *folders]))
+    wanted = [greedy_text(place.base, PROMPT, 24, merged) for merged in folders.values()]
+    assert answers == [*wanted, *wanted]
+    assert len(set(wanted)) == 3, "the adapters change nothing"
+
+
+def test_curl_streams(place: Place) -> None:
+    body = json.dumps({"model": "micro", "prompt": "import ", "max_tokens": 5, "stream": True, "temperature": 0})
+    curl = shutil.which("curl")
+    assert curl is not None
+    command = [curl, "-sN", f"{place.address}/v1/completions", "-H", f"Authorization: Bearer {KEY}", "-d", body]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    text = "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-2])
+    assert text == greedy_text(place.base, "import ", 5)
+
+
+def test_health_and_metrics_need_no_key_and_the_rest_does(place: Place) -> None:
+    assert httpx.get(f"{place.address}/health").json()["status"] == "ok"
+    assert place.gauge("mycel_pages") > 0
+    for key in ("none", "wrong", "open-sesam", "open-sesame-", "ключ"):
+        answer = httpx.get(f"{place.address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        assert answer.status_code == 401
+        assert "key" in answer.json()["error"]["message"]
+
+
+BAD = {
+    "not JSON": (b"{", 400),
+    "broken UTF-8": (b'{"model": "micro", "prompt": "\xff\xfe"}', 400),
+    "an array": (b"[1]", 400),
+    "endless nesting": (b"[" * 100_000, 400),
+    "no prompt": (b'{"model": "micro"}', 400),
+    "an unknown model": (b'{"model": "gpt-9", "prompt": "x"}', 404),
+    "an unknown adapter": (b'{"model": "micro:../../etc", "prompt": "x"}', 404),
+    "absurd temperature": (b'{"model": "micro", "prompt": "x", "temperature": 1e308}', 400),
+    "infinite temperature": (b'{"model": "micro", "prompt": "x", "temperature": Infinity}', 400),
+    "not a number": (b'{"model": "micro", "prompt": "x", "top_p": NaN}', 400),
+    "no probability": (b'{"model": "micro", "prompt": "x", "top_p": 0}', 400),
+    "negative tokens": (b'{"model": "micro", "prompt": "x", "max_tokens": -5}', 400),
+    "tokens beyond the context": (b'{"model": "micro", "prompt": "x", "max_tokens": 1000000}', 400),
+    "a huge seed": (b'{"model": "micro", "prompt": "x", "seed": 1e400}', 400),
+    "too many choices": (b'{"model": "micro", "prompt": "x", "n": 1000}', 400),
+    "token ids out of range": (b'{"model": "micro", "prompt": [1, 99999999]}', 400),
+    "negative token ids": (b'{"model": "micro", "prompt": [-1]}', 400),
+    "an empty prompt list": (b'{"model": "micro", "prompt": []}', 400),
+    "an empty stop": (b'{"model": "micro", "prompt": "x", "stop": [""]}', 400),
+    "tools": (b'{"model": "micro", "prompt": "x", "tools": [{}]}', 400),
+    "a long prompt": (json.dumps({"model": "micro", "prompt": "word " * 5000}).encode(), 400),
+    "a body too large": (b'{"model": "micro", "prompt": "' + b"x" * (5 << 20) + b'"}', 413),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_bodies_are_refused_with_a_sentence(place: Place, kind: str) -> None:
+    content, status = BAD[kind]
+    answer = place.post("/v1/completions", content)
+    assert answer.status_code == status
+    assert len(answer.json()["error"]["message"]) > 20
+
+
+def test_an_empty_prompt_and_half_a_surrogate_are_answered_or_refused_but_never_crash(place: Place) -> None:
+    for prompt in ('""', '"\\ud800"', '"\\u0000"', '"🦊🦊"'):
+        answer = place.post("/v1/completions", f'{{"model": "micro", "prompt": {prompt}, "max_tokens": 2}}')
+        assert answer.status_code in (200, 400), answer.text
+        answer.json()
+
+
+def test_a_client_that_vanishes_gives_everything_back(place: Place) -> None:
+    where = urlparse(place.address)
+    for streams in (True, False):
+        asked = {"model": "micro", "prompt": "x = ", "max_tokens": 900, "ignore_eos": True, "stream": streams}
+        body = json.dumps(asked)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        sent = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
+        for _ in range(4):
+            with socket.create_connection((where.hostname or "", where.port or 0)) as connection:
+                connection.sendall(sent.encode())
+                if streams:
+                    assert b"200 OK" in connection.recv(4096)
+                else:
+                    _until(lambda: place.gauge("mycel_unfinished_requests") > 0)
+        _until(lambda: place.gauge("mycel_unfinished_requests") == 0 and place.gauge("mycel_pages_held") == 0)
+
+
+def test_more_load_than_capacity_is_told_when_to_come_back(place: Place) -> None:
+    body = json.dumps({"model": "micro", "prompt": "x = ", "max_tokens": 300, "ignore_eos": True})
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(place.post("/v1/completions", body))
+
+    threads = [threading.Thread(target=ask) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert sum(answer.status_code == 200 for answer in answers) >= 24
+    _until(lambda: place.gauge("mycel_pages_held") == 0)
+
+
+def _until(holds: Any, patience: float = 20.0) -> None:
+    ends = time.monotonic() + patience
+    while not holds():
+        assert time.monotonic() < ends, "it did not come about"
+        time.sleep(0.02)
