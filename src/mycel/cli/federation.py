@@ -1,0 +1,77 @@
+"""``mycel coordinator``, ``join`` and ``status``: a federation's doors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from mycel.errors import RunError
+
+
+def coordinator_command(listen: str, keys: Path | None, insecure: bool) -> None:
+    """Serve as a coordinator until stopped."""
+    from mycel.run.hub import Hub
+
+    if insecure == (keys is not None):
+        raise RunError("name the folder of keys with --keys, or say --insecure for plain text and no keys: one of them")
+    _serve(Hub(listen, keys).run())
+
+
+def join_command(address: str, key: Path | None, data: Path, name: str, consent: Path | None, insecure: bool) -> None:
+    """Take part in a federation until stopped."""
+    from mycel.guard.keys import Identity
+    from mycel.run.consent import read_consent
+    from mycel.run.member import Membership
+    from mycel.run.place import state_folder
+    from mycel.run.seat import Seat
+
+    if insecure == (key is not None):
+        raise RunError("name this party's key with --key, or say --insecure for plain text and no key: one of them")
+    if not data.exists():
+        raise RunError(f"--data names {str(data)!r}, which does not exist: a file or folder of this party's examples")
+    identity = Identity.load(key) if key else None
+    name = identity.name if identity else name or data.resolve().name
+    folder = state_folder("parties", f"{address}-{name}")
+    host = Membership(name, data, folder, read_consent(consent))
+    _serve(Seat(address, name, identity, host).run(), folder / "party.log")
+
+
+def status_command(address: str, as_json: bool) -> None:
+    """Show how a coordinator of this machine and its run stand."""
+    from mycel.run.place import overview
+
+    found = overview(address)
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return
+    from mycel.cli.standing import show_standing
+
+    show_standing(found, Console())
+
+
+def _serve(program: Coroutine[Any, Any, None], log: Path | None = None) -> None:
+    """Run a service until it is told to stop."""
+    handlers: list[logging.Handler] = [RichHandler(console=Console(stderr=True), show_path=False)]
+    if log is not None:
+        handlers.append(logging.FileHandler(log))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+
+    async def until_stopped() -> None:
+        task = asyncio.ensure_future(program)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            print("mycel: stopped", file=sys.stderr)
+
+    asyncio.run(until_stopped())

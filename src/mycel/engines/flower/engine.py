@@ -1,0 +1,207 @@
+"""The engine of a real federation: the coordinator's requests over Flower, on the real clock.
+
+A frame longer than ``PART`` travels in several messages, each asked for when the one before has come, so that no
+process on the way holds more than a part; a shorter one is a single question and a single answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+from mycel.engines.engine import Arrival, Pending, Request
+from mycel.engines.line import Control, receive, send
+from mycel.errors import EngineError
+
+PART = 1 << 26  # bytes of a frame that travel in one message
+
+
+@dataclass
+class Errand:
+    """One request on its way: what is still to be sent of the brief, and what has come of the answer."""
+
+    request: Request
+    left: deque[bytes] = field(default_factory=deque)
+    come: bytearray = field(default_factory=bytearray)
+    gone: bool = False
+
+
+@dataclass
+class FlowerEngine:
+    """Carries requests to parties over a line to the ServerApp.
+
+    Parameters
+    ----------
+    line : Connection
+        The line that the ServerApp has opened; closing it ends Flower's run.
+    addresses : sequence of int
+        Flower's number of each node.
+    start : float
+        Engine seconds at which a resumed run goes on.
+    most : int
+        Longest answer that is accepted, in bytes.
+    """
+
+    line: Connection
+    addresses: Sequence[int] = ()
+    start: float = 0.0
+    most: int = 1 << 31
+    part: int = PART
+    _errands: dict[int, Errand] = field(default_factory=dict)
+    _questions: dict[int, asyncio.Future[tuple[Control, bytes]]] = field(default_factory=dict)
+    _arrived: asyncio.Queue[Arrival | EngineError] = field(default_factory=asyncio.Queue)
+    _tags: int = 0
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._sending = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True, name="mycel-flower").start()
+
+    def now(self) -> float:
+        """Seconds since the run began, those before it was resumed included."""
+        return self.start + time.monotonic() - self._began
+
+    def expected_seconds(self, request: Request) -> float | None:
+        """Only experience can tell."""
+        return None
+
+    def _send(self, address: int | None, control: Control, frame: bytes = b"") -> int:
+        self._tags += 1
+        target = {} if address is None else {"address": str(address)}
+        try:
+            with self._sending:
+                send(self.line, {**control, **target, "tag": self._tags}, frame)
+        except OSError as error:
+            raise _lost() from error
+        return self._tags
+
+    async def question(self, address: int | None, control: Control) -> tuple[Control, bytes]:
+        """Ask something outside of the rounds: the party at ``address``, or the ServerApp itself."""
+        future: asyncio.Future[tuple[Control, bytes]] = self._loop.create_future()
+        self._questions[self._send(address, control)] = future
+        return await future
+
+    async def nodes(self) -> list[int]:
+        """Flower's numbers of the nodes that are there now."""
+        control, _ = await self.question(None, {"verb": "nodes"})
+        if "nodes" not in control:
+            raise EngineError(f"the SuperLink does not say who is there: {control.get('error')}")
+        return [int(node) for node in control["nodes"]]
+
+    def ask(self, request: Request, home: bytes | None = None) -> None:
+        """Send a request; what a party has at home it keeps itself."""
+        size = self.part
+        parts = [request.frame[start : start + size] for start in range(0, len(request.frame), size)] or [b""]
+        self._forward(Errand(request, deque(parts)))
+
+    def _forward(self, errand: Errand) -> None:
+        """Send the next part of a brief; the last one is the question."""
+        part = errand.left.popleft()
+        verb = "part" if errand.left else "ask"
+        self._speak(
+            errand, {"verb": verb, "offset": len(errand.request.frame) - len(part) - sum(map(len, errand.left))}, part
+        )
+
+    def _speak(self, errand: Errand, control: Control, part: bytes = b"") -> None:
+        about = {"node": errand.request.node, "generation": errand.request.generation, "size": self.part}
+        tag = self._send(self.addresses[errand.request.node], {**control, **about}, part)
+        self._errands[tag] = errand
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._loop.call_soon_threadsafe(self._take, *receive(self.line))
+        except (EOFError, OSError, RuntimeError):  # hung up, or the loop has ended
+            try:
+                self._loop.call_soon_threadsafe(self._hang_up)
+            except RuntimeError:
+                return
+
+    def _hang_up(self) -> None:
+        self._arrived.put_nowait(_lost())
+        for future in self._questions.values():
+            if not future.done():
+                future.set_exception(_lost())
+
+    def _take(self, control: Control, frame: bytes) -> None:
+        tag = int(control["tag"])
+        if tag in self._questions:
+            if "gone" not in control:
+                self._questions.pop(tag).set_result((control, frame))
+            return
+        errand = self._errands[tag]
+        if "gone" in control:
+            self._arrive(errand, refusal="it has left: its node sends no heartbeats", left=True)
+            return
+        del self._errands[tag]
+        said = control.get("said", {})
+        if "error" in control:
+            self._arrive(errand, refusal=f"its answer was lost on the way: {control['error']}", left=True)
+        elif "refusal" in said:
+            self._arrive(errand, refusal=str(said["refusal"])[:500])
+        elif errand.left:
+            self._forward(errand)
+        else:
+            self._gather(errand, said, frame)
+
+    def _gather(self, errand: Errand, said: Control, frame: bytes) -> None:
+        """Add a part of an answer to what has come, and ask for the next until all is there."""
+        total, come = said.get("total"), len(errand.come) + len(frame)
+        if type(total) is not int or not 0 <= total <= self.most:
+            self._arrive(
+                errand, refusal=f"its answer claims {str(total)[:40]} bytes; at most {self.most:,} are accepted"
+            )
+        elif len(frame) != min(self.part, total - len(errand.come)):
+            self._arrive(
+                errand, refusal=f"a part of its answer has {len(frame):,} bytes, which is not what was asked for"
+            )
+        elif come < total:
+            errand.come += frame
+            self._speak(errand, {"verb": "more", "offset": come})
+        else:
+            whole = bytes(errand.come + frame) if errand.come else frame
+            self._arrive(errand, whole, seconds=float(said.get("seconds", 0.0)))
+
+    def _arrive(
+        self, errand: Errand, frame: bytes = b"", refusal: str = "", left: bool = False, seconds: float = 0.0
+    ) -> None:
+        request, at = errand.request, self.now()
+        started = max(request.asked, at - max(seconds, 0.0))
+        self._arrived.put_nowait(
+            Arrival(request.node, request.generation, frame, refusal, request.asked, started, at, at, left)
+        )
+
+    async def answer(self, until: float | None) -> Arrival | None:
+        """Return the next answer, in the order of arrival."""
+        seconds = None if until is None else max(until - self.now(), 0.0)
+        try:
+            arrival = await asyncio.wait_for(self._arrived.get(), seconds)
+        except TimeoutError:
+            return None
+        if isinstance(arrival, EngineError):
+            raise arrival
+        return arrival
+
+    def homes(self) -> Mapping[int, bytes]:
+        """Nothing: what parties keep at home stays there."""
+        return {}
+
+    def pending(self) -> Sequence[Pending]:
+        """Nothing: a party that is asked again repeats its answer."""
+        return []
+
+    async def close(self) -> None:
+        """Hang up, which ends Flower's run."""
+        self.line.close()
+
+
+def _lost() -> EngineError:
+    return EngineError(
+        "the line to the SuperLink is cut: start `mycel coordinator` again, and `--resume` goes on from the last round"
+    )

@@ -1,0 +1,179 @@
+"""What passes between a party and the SuperLink: the coordinator's gate and the party's own.
+
+Flower's SuperLink serves everything on one port, its unguarded control interface too, and a node runs whatever app the
+SuperLink hands it. So the SuperLink listens on the loopback alone. Before it stands the coordinator's gate: a TLS
+listener that demands a certificate of the authority, lets nothing pass but a node's own requests under the very key of
+that certificate, once each, and no more bytes than one message holds. On the other side, a party's nodes reach the
+world through the party's gate, which lets no app in but the relay that this version of Mycel installs.
+"""
+
+from __future__ import annotations
+
+import base64
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+
+from mycel.engines.flower.engine import PART
+from mycel.guard.keys import in_date, spki
+from mycel.wire.relay import Caller, Head, Policy
+
+FLEET = "/v1/fleet/"
+POLL = "/v1/fleet/pull-messages"
+APP = "/v1/fleet/get-fab"
+PARCELS = {f"{FLEET}{name}" for name in ("push-object", "pull-object", "push-messages", "confirm-message-received")}
+ALLOWED = {f"{FLEET}{name}" for name in ("activate-node", "deactivate-node", "send-node-heartbeat", "get-run")}
+ALLOWED |= PARCELS | {POLL, APP}
+UNKNOWN = {f"{FLEET}register-node", f"{FLEET}unregister-node"}  # what a node without a key asks for
+PURPOSE = {
+    f"{FLEET}push-object": "parcels",
+    f"{FLEET}pull-object": "parcels",
+    POLL: "polling",
+    f"{FLEET}send-node-heartbeat": "polling",
+}
+REQUEST = 1 << 23  # bytes of one request: Flower cuts what it sends into pieces of 5 MiB
+BETWEEN = PART + (1 << 22)  # bytes that a party may send between two messages that it is given
+TOLERANCE = 310.0  # seconds for which the SuperLink takes a signature
+
+
+@dataclass
+class Traffic:
+    """What one party sent and received, as the kernel counts it, by purpose."""
+
+    received: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    since: int = 0
+
+
+@dataclass
+class CoordinatorGate(Policy):
+    """Knows the parties.
+
+    Parameters
+    ----------
+    parties : callable
+        Returns the admitted parties' public keys by name, as they are now; a key that is no longer there is refused.
+    """
+
+    parties: Callable[[], Mapping[str, bytes]]
+    clock: Callable[[], float] = time.monotonic
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    _used: dict[str, float] = field(default_factory=dict)
+
+    def refuse(self, caller: Caller, head: Head) -> str:
+        """Refuse strangers, what is not a node's business, what was sent before, and floods."""
+        if head.method != "POST" or head.path not in ALLOWED:
+            return "this is not a node's request"
+        if head.length > REQUEST:
+            return "the request is too long"
+        name, key = self._who(caller)
+        if not name:
+            return "the certificate's key is not, or no longer, admitted"
+        if base64.b64encode(key).decode() != head.headers.get("flwr-public-key"):
+            return "the request is signed with another key than the connection's"
+        if not self._fresh(head.headers.get("flwr-signature", "")):
+            return "the request was sent before"
+        traffic = self.traffic.setdefault(name, Traffic())
+        if head.path in PARCELS:
+            traffic.since += head.length
+            if traffic.since > BETWEEN:
+                return "more bytes than a message holds"
+        return ""
+
+    def _who(self, caller: Caller) -> tuple[str, bytes]:
+        if not caller.certificate:
+            return "", b""
+        certificate = x509.load_der_x509_certificate(caller.certificate)
+        key = spki(certificate.public_key()) if in_date(certificate) else b""
+        return next(((name, key) for name, known in self.parties().items() if known == key), ("", b""))
+
+    def _fresh(self, signature: str) -> bool:
+        """Whether a signature was not seen while the SuperLink would take it."""
+        now = self.clock()
+        for old in [old for old, at in self._used.items() if now - at > TOLERANCE]:
+            del self._used[old]
+        if not signature or signature in self._used:
+            return False
+        self._used[signature] = now
+        return True
+
+    def holds(self, head: Head) -> bool:
+        """Hold back an empty poll: Flower's nodes sleep three seconds after each."""
+        return head.path == POLL
+
+    def passed(self, caller: Caller, head: Head, answered: int) -> None:
+        """Count what crossed the socket, and give a party that was handed a message room for its answer."""
+        name, _ = self._who(caller)
+        traffic = self.traffic.setdefault(name, Traffic())
+        if head.path == POLL and answered:
+            traffic.since = 0
+        purpose = "handshakes" if caller.seen == (0, 0) else PURPOSE.get(head.path, "protocol")
+        if head.path == POLL and answered:
+            purpose = "protocol"
+        received, sent = caller.traffic()
+        traffic.received[purpose] += received
+        traffic.sent[purpose] += sent
+
+
+class OpenGate(Policy):
+    """Knows nobody: for trials on networks where everyone is trusted."""
+
+    def refuse(self, caller: Caller, head: Head) -> str:
+        """Refuse what is not a node's business."""
+        return "" if head.path in ALLOWED | UNKNOWN and head.length <= REQUEST else "this is not a node's request"
+
+    def holds(self, head: Head) -> bool:
+        """Hold back an empty poll."""
+        return head.path == POLL
+
+
+@dataclass
+class PartyGate(Policy):
+    """Lets a party's node speak to the coordinator, and no code come back.
+
+    Parameters
+    ----------
+    app : bytes
+        The one bundle that may be installed.
+    """
+
+    app: bytes
+
+    def refuse(self, caller: Caller, head: Head) -> str:
+        """Let a node's own requests out, nothing else."""
+        return "" if head.path in ALLOWED | UNKNOWN else "this is not a node's request"
+
+    def inspects(self, head: Head) -> bool:
+        """Look into apps."""
+        return head.path == APP
+
+    def object_to(self, head: Head, body: bytes) -> str:
+        """Refuse an app that is not ours to the byte; little room is left for what Flower says beside it."""
+        known = self.app in body and len(body) < len(self.app) + 1024
+        return "" if known else "the coordinator sends an app that this version of Mycel does not know"
+
+
+def server_context(certificate: Path, authority: Path | None = None) -> ssl.SSLContext:
+    """Return a listener's TLS 1.3; with an authority, callers must show a certificate of it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(certificate)
+    if authority is not None:
+        context.load_verify_locations(authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(authority: Path, certificate: Path | None = None) -> ssl.SSLContext:
+    """Return a caller's TLS 1.3, trusting one authority alone and showing ``certificate``."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(authority)
+    if certificate is not None:
+        context.load_cert_chain(certificate)
+    return context

@@ -1,0 +1,226 @@
+"""Run a recipe on a real federation: the same coordinator, log, checkpoints, result and report as in simulation.
+
+``recipe -> base -> Flower's run -> parties say who they are -> rounds -> result, model, report``
+
+Comparison arms are left out: they would need every party's data in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mycel.catalog import load_system
+from mycel.data.table import TokenTable
+from mycel.data.tokens import TokenStore
+from mycel.engines.flower.engine import FlowerEngine
+from mycel.engines.flower.launch import has_ended, submit
+from mycel.engines.line import listen, opened
+from mycel.errors import EngineError
+from mycel.fleet import load_fleet
+from mycel.models.base import find_base
+from mycel.recipe.schema import Recipe
+from mycel.report import write_report
+from mycel.rounds.coordinator import Coordinator
+from mycel.rounds.pace import parse_pace
+from mycel.rounds.probe import Probes
+from mycel.rounds.simulation import Finished
+from mycel.rounds.site import Job, Site
+from mycel.rounds.world import Node, World
+from mycel.run.checkpoint import checkpoint_clock, read_checkpoint, restore, save_checkpoint
+from mycel.run.execute import Execution, Silent, Watcher, check_recipe
+from mycel.run.folder import RunFolder, write_json, writing
+from mycel.run.log import EventLog
+from mycel.run.member import Task, base_sha256
+from mycel.run.place import Post, read_post, state_folder, write_status
+from mycel.run.result import build_result
+
+LOOK = 0.5  # seconds between looks for parties that have joined
+LOOK_AFTER = 5.0  # seconds between looks whether the ServerApp has failed
+
+
+@dataclass
+class Federated(Execution):
+    """One run on a federation in progress."""
+
+    address: str = ""
+    post: Post = field(default_factory=lambda: Post(0, "", False))
+    coordinator: Coordinator | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Carry the run to its end and return the content of ``result.json``."""
+        started = time.monotonic()
+        self.log = EventLog(self.folder.events, self.watcher.event)
+        torch.set_num_threads(1)  # as in a simulation: the order of a parallel sum would show in a result's last bits
+        try:
+            base = find_base(self.recipe.model.base, self.watcher.phase)
+            for name in load_system(self.recipe).bases():
+                find_base(name, self.watcher.phase)
+            task = Task(self.recipe, self._name(), base_sha256(base))
+            with listen(Path(self.post.line)) as door:
+                finished = asyncio.run(self._program(door, task, base))
+            result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
+            self._save_model(finished)
+            write_json(self.folder.result, result)
+            self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
+            with writing(self.folder.path / "report.html"):
+                write_report(self.folder.path)
+        finally:
+            self.log.close()
+        return result
+
+    def _name(self) -> str:
+        """Return the run's own name, under which parties keep what stays at home; the same after it was resumed."""
+        path = self.folder.work / "name"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex)
+        return path.read_text()
+
+    async def _program(self, door: socket.socket, task: Task, base: Path) -> Finished:
+        path = self.folder.checkpoint("system")
+        saved = read_checkpoint(path)
+        line = await self._start(door, task)
+        engine = FlowerEngine(line, start=checkpoint_clock(saved), most=self.recipe.wire.max_parcel)
+        try:
+            nodes = await self._gather(engine)
+            self.coordinator = coordinator = self._coordinator(engine, nodes, base, path)
+            if saved is not None:
+                restore(coordinator, saved)
+            self.watcher.arm("system", self.recipe.rounds.count)
+            await coordinator.run()
+        finally:
+            await engine.close()
+        return Finished(
+            "system",
+            coordinator.world,
+            coordinator.system,
+            coordinator.progress,
+            coordinator.meter,
+            engine.now(),
+        )
+
+    async def _start(self, door: socket.socket, task: Task) -> Connection:
+        """Start Flower's run and wait until its ServerApp dials."""
+        self.watcher.phase("starting Flower's run", 0, 1)
+        home = state_folder("coordinators", self.address)
+        number = await asyncio.to_thread(submit, home, task.to_json())
+        door.setblocking(False)
+        dialled = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(door))
+        while not (await asyncio.wait([dialled], timeout=LOOK_AFTER))[0]:
+            if await asyncio.to_thread(has_ended, home, number):
+                raise EngineError(f"Flower's ServerApp ended before it began: {str(home / 'superlink.log')!r} says why")
+        self.watcher.phase("starting Flower's run", 1, 1)
+        return opened(dialled.result()[0])
+
+    def _coordinator(self, engine: FlowerEngine, nodes: list[Node], base: Path, path: Path) -> Coordinator:
+        recipe = self.recipe
+        site = Site(Job(recipe, str(base), "nobody's"), stores={"nobody's": _no_examples()})
+        world = World(recipe, load_fleet(recipe.fleet.devices), nodes, site)
+        world.prepare()
+        return Coordinator(
+            world,
+            load_system(recipe),
+            engine,
+            parse_pace(recipe.rounds.pace, recipe.rounds.quorum),
+            self._note,
+            lambda coordinator: save_checkpoint(coordinator, path),
+        )
+
+    def _note(self, event: str, **fields: Any) -> None:
+        """Log an event, and put down how the run stands now."""
+        self._record("system", event, **fields)
+        if self.coordinator is not None:
+            write_status(self.address, self._standing(self.coordinator))
+
+    def _standing(self, coordinator: Coordinator) -> dict[str, Any]:
+        names = [node.name for node in coordinator.world.nodes]
+        now, meter = coordinator.engine.now(), coordinator.meter
+        return {
+            "folder": str(self.folder.path),
+            "system": self.recipe.system,
+            "round": coordinator.progress.version,
+            "rounds": self.recipe.rounds.count,
+            "parties": {
+                name: {way: meter.total(way, node=node) for way in ("up", "down")} for node, name in enumerate(names)
+            },
+            "leases": {
+                names[node]: {
+                    "generation": lease.request.generation,
+                    "for_seconds": now - lease.request.asked,
+                    "deadline_in_seconds": None if lease.deadline is None else lease.deadline - now,
+                }
+                for node, lease in coordinator.leases.items()
+            },
+            "dropped": dict(coordinator.progress.drops),
+        }
+
+    async def _gather(self, engine: FlowerEngine) -> list[Node]:
+        """Wait for the parties that the recipe counts on, and hear what each says of itself."""
+        wanted = len(self.recipe.data.parties) if isinstance(self.recipe.data.parties, list) else self.recipe.data.count
+        seats: dict[str, int] = {}
+        while len(seats) < wanted:
+            self.watcher.phase("waiting for the parties", len(seats), wanted)
+            seats = await self._present(engine)
+            if len(seats) < wanted:
+                await asyncio.sleep(LOOK)
+        chosen = list(seats.items())[:wanted]
+        engine.addresses = [address for _, address in chosen]
+        asked = [engine.question(address, {"verb": "describe", "node": i}) for i, (_, address) in enumerate(chosen)]
+        self.watcher.phase("waiting for the parties", wanted, wanted)
+        answers = await asyncio.gather(*asked)
+        return [
+            _node(index, name, said) for index, ((name, _), (said, _)) in enumerate(zip(chosen, answers, strict=True))
+        ]
+
+    async def _present(self, engine: FlowerEngine) -> dict[str, int]:
+        """Return who is there, in the order of admission; where anyone may join, in the order of names."""
+        there = await engine.nodes()
+        if self.post.secure:
+            return {name: address for name, address in self.post.seats.items() if address in there}
+        known = self.post.seats
+        fresh = [address for address in there if address not in known.values()]
+        for address, (control, _) in zip(
+            fresh, await asyncio.gather(*(engine.question(node, {"verb": "name"}) for node in fresh)), strict=True
+        ):
+            known[str(control.get("said", {}).get("name", address))] = address
+        return {name: address for name, address in sorted(known.items()) if address in there}
+
+
+def _node(index: int, name: str, control: Mapping[str, Any]) -> Node:
+    """Read what a party says of itself."""
+    said = control.get("said", {})
+    if "samples" not in said:
+        reason = said.get("refusal") or control.get("error") or "it says nothing of itself"
+        raise EngineError(f"the party {name!r} takes no part: {reason}")
+    try:
+        rank = None if said["rank"] is None else int(said["rank"])
+        return Node(index, name, int(said["samples"]), float(said["mean_tokens"]), int(said["held_out"]), rank)
+    except (LookupError, ValueError, TypeError) as error:
+        raise EngineError(f"the party {name!r} describes itself as {json.dumps(said)[:80]}") from error
+
+
+def _no_examples() -> TokenStore:
+    empty = torch.zeros(0, dtype=torch.int32)
+    return TokenStore(("nobody",), TokenTable(empty, torch.zeros(1, dtype=torch.int64), empty, 0), (0, 0, 0))
+
+
+def run_federated(
+    recipe: Recipe, address: str, out: Path, resume: bool = False, watcher: Watcher | None = None
+) -> dict[str, Any]:
+    """Run ``recipe`` on the federation whose coordinator listens at ``address``."""
+    post = read_post(address)
+    recipe = recipe.replace({"compare": []})
+    check_recipe(recipe)
+    folder = RunFolder(out)
+    with folder.held(recipe, resume):
+        return Federated(recipe, folder, watcher or Silent(), address=address, post=post).run()

@@ -1,0 +1,119 @@
+"""A federation's folder of keys.
+
+authority.pem        the authority's key and certificate; needed only to admit parties, best kept off the network
+authority.crt        its certificate
+coordinator.pem      the coordinator's key and certificate
+parties/NAME.pem     one bundle for each party, to be handed over and then removed here
+admitted/NNN-NAME.crt  certificates of the parties that may join, in the order in which they were admitted
+revoked/             certificates that were admitted once
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from mycel.errors import RunError
+from mycel.guard.keys import (
+    DAYS,
+    Certificate,
+    Identity,
+    in_date,
+    issue,
+    make_authority,
+    name_of,
+    pem,
+    signed_by,
+    spki,
+    write_secret,
+)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The folder."""
+
+    path: Path
+
+    @classmethod
+    def make(
+        cls, path: Path, hosts: Sequence[str], parties: Sequence[str], days: float = DAYS, authority: Path | None = None
+    ) -> Keyring:
+        """Make a federation's keys; ``authority`` is an existing bundle to rest them on."""
+        ring = cls(path)
+        root = Identity.load(authority) if authority else make_authority()
+        write_secret(path / "authority.pem", root.to_pem())
+        (path / "authority.crt").write_bytes(pem(root.certificate))
+        issue(root, "coordinator", hosts, days).save(path / "coordinator.pem")
+        for folder in ("admitted", "revoked"):
+            (path / folder).mkdir(mode=0o700)
+        for name in parties:
+            ring.add(name, days)
+        return ring
+
+    def add(self, name: str, days: float = DAYS) -> Path:
+        """Make a party's bundle and admit it; return where the bundle lies."""
+        self._check(name)
+        identity = issue(Identity.load(self.path / "authority.pem"), name, days=days)
+        path = self.path / "parties" / f"{name}.pem"
+        identity.save(path)
+        self._admit(name, identity.certificate)
+        return path
+
+    def admit(self, path: Path) -> str:
+        """Admit a party by a certificate that the authority has signed elsewhere; return its name."""
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{str(path)!r} is no certificate: {error}") from error
+        if not signed_by(certificate, self.authority):
+            raise RunError(f"the certificate {str(path)!r} was not issued by this federation's authority")
+        name = name_of(certificate)
+        self._check(name)
+        self._admit(name, certificate)
+        return name
+
+    def revoke(self, name: str) -> None:
+        """Admit a party no longer; a coordinator that is running takes notice by itself."""
+        for path in self._admitted():
+            if _name(path) == name:
+                path.rename(self.path / "revoked" / path.name)
+                return
+        raise RunError(f"there is no admitted party {name!r}: {', '.join(map(_name, self._admitted())) or 'none is'}")
+
+    @property
+    def authority(self) -> Certificate:
+        """The authority's certificate."""
+        return x509.load_pem_x509_certificate((self.path / "authority.crt").read_bytes())
+
+    def parties(self) -> dict[str, bytes]:
+        """Return the public keys of all who may join now, by name, in the order of admission."""
+        found = {}
+        for path in self._admitted():
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            if signed_by(certificate, self.authority) and in_date(certificate):
+                found[_name(path)] = spki(certificate.public_key())
+        return found
+
+    def _check(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise RunError(f"a party cannot be called {name!r}: letters, digits, '_', '.' and '-' only")
+        if name in map(_name, self._admitted()):
+            raise RunError(f"there is a party {name!r} already: revoke it first, or choose another name")
+
+    def _admit(self, name: str, certificate: Certificate) -> None:
+        used = [int(path.name[:3]) for folder in ("admitted", "revoked") for path in (self.path / folder).glob("*.crt")]
+        (self.path / "admitted" / f"{max(used, default=-1) + 1:03}-{name}.crt").write_bytes(pem(certificate))
+
+    def _admitted(self) -> list[Path]:
+        return sorted((self.path / "admitted").glob("[0-9][0-9][0-9]-*.crt"))
+
+
+def _name(path: Path) -> str:
+    return path.name[4:].removesuffix(".crt")

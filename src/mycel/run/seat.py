@@ -1,0 +1,119 @@
+"""``mycel join``: a party's process. It works; its node speaks for it; nothing reaches it but through its own gate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mycel.engines.flower import launch
+from mycel.engines.line import accept, listen, receive, send
+from mycel.engines.resident import PartyHost, Resident
+from mycel.guard.gates import PartyGate, client_context, server_context
+from mycel.guard.keys import Identity, issue, make_authority, openssh_private, pem
+from mycel.run.hub import split
+from mycel.run.place import state_folder
+from mycel.wire.relay import Relay
+
+SOONEST, LATEST = 1.0, 30.0  # seconds after which a node that has ended is started again, doubling
+logger = logging.getLogger("mycel.party")
+
+
+@dataclass
+class Seat:
+    """A party's place in a federation.
+
+    Parameters
+    ----------
+    address : str
+        ``HOST:PORT`` of the coordinator; all connections go out from here.
+    identity : Identity or None
+        The party's key and certificate; None joins in plain text.
+    """
+
+    address: str
+    name: str
+    identity: Identity | None
+    host: PartyHost
+    _node: subprocess.Popen[bytes] | None = None
+    _door: socket.socket | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.folder = state_folder("parties", f"{self.address}-{self.name}")
+        self._work = Path(tempfile.mkdtemp(prefix="mycel-"))
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        try:
+            app = await asyncio.to_thread(launch.bundle, self.folder)
+            server, client = self._contexts()
+            relay = Relay(split(self.address), PartyGate(app), server, client)
+            listener = await relay.start(launch.LOOPBACK, 0)
+            port = listener.sockets[0].getsockname()[1]
+            self._serve()
+            try:
+                await self._keep_node(f"{launch.LOOPBACK}:{port}")
+            finally:
+                listener.close()
+                await relay.close()
+        finally:
+            if self._node is not None:
+                launch.end(self._node)
+            if self._door is not None:
+                self._door.close()
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def _contexts(self) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+        """TLS towards the party's own node, and towards the coordinator."""
+        if self.identity is None:
+            return None, None
+        root = make_authority("loopback")
+        issue(root, "gate", [launch.LOOPBACK]).save(self._work / "gate.pem")
+        (self._work / "inner.crt").write_bytes(pem(root.certificate))
+        self.identity.save(self._work / "party.pem")
+        (self._work / "authority.crt").write_bytes(pem(self.identity.authority))
+        (self._work / "node.key").touch(0o600)
+        (self._work / "node.key").write_bytes(openssh_private(self.identity.key))
+        inward = server_context(self._work / "gate.pem")
+        return inward, client_context(self._work / "authority.crt", self._work / "party.pem")
+
+    async def _keep_node(self, gate: str) -> None:
+        """Start the node, and again whenever it has ended: the coordinator was away, or it knows us by a new number."""
+        pause = SOONEST
+        secure = self.identity is not None
+        authority, key = (self._work / "inner.crt", self._work / "node.key") if secure else (None, None)
+        while True:
+            began = asyncio.get_running_loop().time()
+            self._node = launch.supernode(self.folder, gate, authority, key, self._work / "line")
+            logger.info("node started towards %s", self.address)
+            while self._node.poll() is None:
+                await asyncio.sleep(0.2)
+            launch.end(self._node)
+            lasted = asyncio.get_running_loop().time() - began
+            pause = SOONEST if lasted > LATEST else min(2 * pause, LATEST)
+            logger.warning("the node has ended; it is started again in %.0f seconds", pause)
+            await asyncio.sleep(pause)
+
+    def _serve(self) -> None:
+        """Answer messages in a thread of their own, one after another."""
+        resident = Resident(self.host, self.name, self.folder / "home")
+        self._door = door = listen(self._work / "line")
+
+        def answer() -> None:
+            while True:
+                try:
+                    with accept(door) as line:
+                        send(line, *resident.reply(*receive(line)))
+                except (EOFError, BrokenPipeError, ConnectionError):
+                    continue
+                except OSError:  # the door was closed
+                    return
+
+        threading.Thread(target=answer, daemon=True, name="mycel-party").start()
