@@ -9,6 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mycel.cli.demo import demo_app
+from mycel.cli.keys import keys_app
+from mycel.cli.serving import add_commands
+from mycel.cli.swarming import add_swarm_commands
 from mycel.errors import MycelError
 
 app = typer.Typer(
@@ -20,6 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(keys_app, name="keys")
+app.add_typer(demo_app, name="demo")
+add_commands(app)
+add_swarm_commands(app)
 INTERRUPTED = 130  # the exit status that typer makes of a keyboard interrupt
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
@@ -52,12 +60,13 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    on: Annotated[str, typer.Option(help="Run it on the federation whose coordinator listens at HOST:PORT.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: show progress, then a table; the folder keeps the log, the result, the report and the model."""
     from mycel.cli.run import run_command
 
-    run_command(recipe, overrides or [], out, resume, as_json)
+    run_command(recipe, overrides or [], out, resume, as_json, on)
 
 
 @app.command(epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
@@ -115,3 +124,48 @@ def doctor(as_json: AsJson = False) -> None:
     from mycel.cli.doctor import doctor_command
 
     doctor_command(as_json)
+
+
+@app.command(epilog="Example: mycel coordinator --listen 0.0.0.0:7400 --keys keys")
+def coordinator(
+    listen: Annotated[str, typer.Option(help="HOST:PORT at which parties are expected.")],
+    keys: Annotated[Path | None, typer.Option(help="Folder that `mycel keys init` made.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys: for trials only.")] = False,
+) -> None:
+    """Serve as a federation's coordinator, on Flower: known parties only, over TLS."""
+    from mycel.cli.federation import coordinator_command
+
+    coordinator_command(listen, keys, insecure)
+
+
+@app.command(epilog="Example: mycel join fed.example.org:7400 --key clinic.pem --data ./private")
+def join(
+    address: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.", metavar="HOST:PORT")],
+    data: Annotated[Path, typer.Option(help="This party's examples, a file or folder; they never leave.")],
+    key: Annotated[Path | None, typer.Option(help="This party's key file.")] = None,
+    name: Annotated[str, typer.Option(help="Name without a key; with one, the key's certificate says it.")] = "",
+    consent: Annotated[Path | None, typer.Option(help="TOML file of what this party is willing to do.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key: for trials only.")] = False,
+) -> None:
+    """Take part in a federation with private data; connections go outwards only."""
+    from mycel.cli.federation import join_command
+
+    join_command(address, key, data, name, consent, insecure)
+
+
+@app.command(epilog="Example: mycel status 127.0.0.1:7400 --json  ·  mycel status ./our-swarm")
+def status(
+    address: Annotated[
+        str, typer.Argument(help="HOST:PORT of a coordinator of this machine, or a swarm's folder.", metavar="PLACE")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show a federation's parties, leases, round, bytes and deadlines, or who holds which blocks of a swarm."""
+    if Path(address).is_dir():
+        from mycel.cli.swarm import swarm_status_command
+
+        swarm_status_command(address, as_json)
+        return
+    from mycel.cli.federation import status_command
+
+    status_command(address, as_json)
