@@ -19,11 +19,13 @@ from mycel.catalog import ENTRIES, load_system
 from mycel.engines.inprocess import Labour
 from mycel.engines.pool import Reply
 from mycel.errors import RecipeError, RunError
+from mycel.finetune.fedavg_t5 import T5
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.world import World
 from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint
 from mycel.run.execute import run_recipe
+from mycel.testing.bases import random_base
 from small_runs import command, environment, events_of, mycel, small_recipe, without_seconds, write_recipe
 
 FEEDBACK = {"wire.codec": "topk(0.2)", "wire.error_feedback": True}
@@ -43,6 +45,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "states of their own": {"system": "local"},
 }
 ZEROTH_ORDER = {"training.gradient": "zeroth-order", "training.optimizer": "sgd", "training.clip_norm": 0.0}
+WHOLE = {"trainable.kind": "full"}
 SMALL = {"trainable.rank": 2, "data.examples": 16, "data.held_out": 4, "data.max_length": 32, "rounds.local_steps": 1}
 POINTS = 12  # where each scene is stopped, spread over its events, its first and its last among them
 
@@ -131,14 +134,20 @@ def test_stopped_anywhere_and_resumed_it_ends_the_same(lab: Laboratory, tmp_path
         assert all_of(again) == all_of(whole), f"stopped at event {stop} of {events}"
 
 
-@pytest.mark.parametrize("system", [entry.name for entry in ENTRIES])
-def test_every_system_resumes(lab: Laboratory, tmp_path: Path, system: str) -> None:
+@pytest.fixture(scope="module")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    made = tmp_path_factory.mktemp("bases") / "t5"
+    random_base(made, "t5")
+    return {**T5, "model.base": str(made)}
+
+
+@pytest.mark.parametrize("system", [entry.name for entry in ENTRIES if entry.way == "rounds"])
+def test_every_system_resumes(lab: Laboratory, encoder_decoder: dict[str, Any], tmp_path: Path, system: str) -> None:
     scene = None
-    for needs in (FEEDBACK, {}, ZEROTH_ORDER):
+    for needs in (FEEDBACK, {}, ZEROTH_ORDER, encoder_decoder, WHOLE, {**WHOLE, "rounds.pace": "buffered(1)"}):
         with suppress(RecipeError):
             scene = scene or scene_of(lab, {"system": system, **needs})
-    if scene is None:
-        pytest.skip("it needs another base")
+    assert scene is not None, "no kind of recipe suits it"
     whole, events = scene.piece(tmp_path / "whole")
     assert whole is not None
     for stop in (events // 2, events - 1):
