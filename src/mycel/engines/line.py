@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,9 @@ def opened(caller: socket.socket) -> Connection:
     """Make a line of a caller's socket."""
     caller.setblocking(True)
     return Connection(caller.detach())
+
+
+def hang_up(line: Connection) -> None:
+    """End a line, also for a thread that waits for a message on it; whoever waits closes it."""
+    with suppress(OSError), socket.socket(fileno=os.dup(line.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)

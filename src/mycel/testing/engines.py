@@ -122,9 +122,9 @@ async def _keeps_homes_apart(make_engine: Callable[[], Engine]) -> None:
     for visit in (1, 2, 3):
         for node in NODES:
             generation += 1
-            engine.ask(request(engine, node, generation, b"visit"))
+            engine.ask(request(engine, node, generation, b"visit %d" % visit))
         found = {each.node: bytes(each.frame) for each in await _collect(engine, len(NODES))}
-        expected = {node: b"%d:%d:visit" % (node, visit) for node in NODES}
+        expected = {node: b"%d:%d:visit %d" % (node, visit, visit) for node in NODES}
         law(found == expected, "what one party keeps at home is there at its next work, and at no other party's")
     await engine.close()
 
@@ -132,12 +132,19 @@ async def _keeps_homes_apart(make_engine: Callable[[], Engine]) -> None:
 async def _reports_faults(make_engine: Callable[[], Engine]) -> None:
     engine = make_engine()
     engine.ask(request(engine, 0, 1, b"crash"))
+    own_masters = not engine.pending()
     try:
-        await engine.answer(engine.now() + PATIENCE)
+        arrival = await engine.answer(engine.now() + PATIENCE)
     except EngineError as error:
+        law(not own_masters, "a fault at a party of its own ends no one else's run")
         law(FAULT in str(error), "a fault in the work is an EngineError that holds its trace")
     else:
-        law(False, "a fault in the work is raised, not handed over as an answer")
+        law(own_masters, "a fault in the work is raised, not handed over as an answer")
+        law(arrival is not None and bool(arrival.refusal), "a fault at a party of its own is a refusal")
+        law(
+            arrival is not None and FAULT not in arrival.refusal,
+            "a party's trace, which may show its data, stays there",
+        )
     await engine.close()
 
 

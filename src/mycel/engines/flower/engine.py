@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from mycel.engines.engine import Arrival, Pending, Request
-from mycel.engines.line import Control, receive, send
+from mycel.engines.line import Control, hang_up, receive, send
 from mycel.errors import EngineError
 
 PART = 1 << 26  # bytes of a frame that travel in one message
@@ -61,7 +62,8 @@ class FlowerEngine:
         self._began = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._sending = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True, name="mycel-flower").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="mycel-flower")
+        self._listener.start()
 
     def now(self) -> float:
         """Seconds since the run began, those before it was resumed included."""
@@ -114,14 +116,13 @@ class FlowerEngine:
         self._errands[tag] = errand
 
     def _listen(self) -> None:
-        try:
-            while True:
-                self._loop.call_soon_threadsafe(self._take, *receive(self.line))
-        except (EOFError, OSError, RuntimeError):  # hung up, or the loop has ended
+        with suppress(RuntimeError):  # the loop has ended
             try:
+                while True:
+                    self._loop.call_soon_threadsafe(self._take, *receive(self.line))
+            except (EOFError, OSError):
                 self._loop.call_soon_threadsafe(self._hang_up)
-            except RuntimeError:
-                return
+        self.line.close()
 
     def _hang_up(self) -> None:
         self._arrived.put_nowait(_lost())
@@ -140,9 +141,11 @@ class FlowerEngine:
             self._arrive(errand, refusal="it has left: its node sends no heartbeats", left=True)
             return
         del self._errands[tag]
-        said = control.get("said", {})
+        said = control.get("said")
         if "error" in control:
             self._arrive(errand, refusal=f"its answer was lost on the way: {control['error']}", left=True)
+        elif not isinstance(said, dict):
+            self._arrive(errand, refusal="its answer is not laid out as one")
         elif "refusal" in said:
             self._arrive(errand, refusal=str(said["refusal"])[:500])
         elif errand.left:
@@ -166,13 +169,14 @@ class FlowerEngine:
             self._speak(errand, {"verb": "more", "offset": come})
         else:
             whole = bytes(errand.come + frame) if errand.come else frame
-            self._arrive(errand, whole, seconds=float(said.get("seconds", 0.0)))
+            seconds = said.get("seconds")
+            self._arrive(errand, whole, seconds=seconds if isinstance(seconds, int | float) else 0.0)
 
     def _arrive(
         self, errand: Errand, frame: bytes = b"", refusal: str = "", left: bool = False, seconds: float = 0.0
     ) -> None:
         request, at = errand.request, self.now()
-        started = max(request.asked, at - max(seconds, 0.0))
+        started = max(request.asked, at - seconds) if 0 <= seconds <= at else at
         self._arrived.put_nowait(
             Arrival(request.node, request.generation, frame, refusal, request.asked, started, at, at, left)
         )
@@ -198,7 +202,8 @@ class FlowerEngine:
 
     async def close(self) -> None:
         """Hang up, which ends Flower's run."""
-        self.line.close()
+        hang_up(self.line)
+        await asyncio.to_thread(self._listener.join)
 
 
 def _lost() -> EngineError:

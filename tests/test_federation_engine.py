@@ -1,0 +1,202 @@
+"""The engine over Flower's own apps, with a grid in memory in place of SuperLink and SuperNodes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="the federation extra is not installed")
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from mycel.engines.engine import Arrival, Engine
+from mycel.engines.flower.apps import client, server
+from mycel.engines.flower.engine import FlowerEngine
+from mycel.engines.line import LINE, Control, accept, listen, receive, send
+from mycel.engines.resident import Resident
+from mycel.testing import check_engine
+from mycel.testing.engines import Echo, request
+
+
+class EchoParty(Echo):
+    """Echo as a party's host."""
+
+    def describe(self, arm: str, job: str, node: int) -> Control:
+        return {"samples": 1}
+
+
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's own processes set first
+
+
+class MemoryGrid(Grid):
+    """Calls the ClientApp of the addressed node in a thread."""
+
+    def __init__(self, contexts: dict[int, Context]) -> None:
+        self._contexts, self._numbers = contexts, itertools.count(1)
+        self._replies: dict[str, Message] = {}
+        self.carried: list[tuple[int, int]] = []
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        numbers = []
+        for message in messages:
+            number = str(next(self._numbers))
+            message.metadata.__dict__["_message_id"] = number
+            numbers.append(number)
+            threading.Thread(target=self._deliver, args=(number, message), daemon=True).start()
+        return numbers
+
+    def _deliver(self, number: str, message: Message) -> None:
+        reply = client(message, self._contexts[message.metadata.dst_node_id])
+        sizes = [
+            sum(len(a.data) for r in m.content.array_records.values() for a in r.values()) for m in (message, reply)
+        ]
+        self.carried.append((sizes[0], sizes[1]))
+        self._replies[number] = reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(number) for number in message_ids if number in self._replies]
+
+
+class Parties:
+    """Three residents that run Echo, each behind a line of its own, and the grid that leads to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._runs = itertools.count()
+        self.doors = [listen(folder / f"party-{node}") for node in range(3)]
+        for node, door in enumerate(self.doors):
+            resident = Resident(EchoParty(), f"party {node}", folder / f"home-{node}")
+            threading.Thread(target=self._serve, args=(door, resident), daemon=True).start()
+        self.grid: MemoryGrid | None = None
+
+    @staticmethod
+    def _serve(door: Any, resident: Resident) -> None:
+        while True:
+            try:
+                with accept(door) as line:
+                    send(line, *resident.reply(*receive(line)))
+            except (EOFError, OSError):
+                return
+
+    def engine(self, part: int = 1 << 20, most: int = 1 << 24) -> FlowerEngine:
+        """Start a ServerApp and return the engine at the other end of its line: a run that no party has seen."""
+        run = {"job": f"run {next(self._runs)}"}
+        contexts = {
+            node + 70: Context(1, node + 70, {"mycel": str(self.folder / f"party-{node}")}, RecordDict(), run)
+            for node in range(3)
+        }
+        self.grid = MemoryGrid(contexts)
+        path = self.folder / "line"
+        os.environ[LINE] = str(path)
+        with listen(path) as door:
+            arguments = (self.grid, Context(1, 0, {}, RecordDict(), run))
+            threading.Thread(target=server, args=arguments, daemon=True).start()
+            line = accept(door)
+        return FlowerEngine(line, [70, 71, 72], part=part, most=most)
+
+
+@contextmanager
+def _parties() -> Iterator[Parties]:
+    with tempfile.TemporaryDirectory() as folder:
+        parties = Parties(Path(folder))
+        try:
+            yield parties
+        finally:
+            for door in parties.doors:
+                door.close()
+
+
+def _run(program: Callable[[Parties], Coroutine[Any, Any, None]]) -> None:
+    with _parties() as parties:
+        asyncio.run(program(parties))
+
+
+async def _ask(engine: Engine, frame: bytes, generation: int = 1) -> Arrival:
+    engine.ask(request(engine, 0, generation, frame))
+    arrival = await engine.answer(engine.now() + 60)
+    assert arrival is not None
+    return arrival
+
+
+def test_engine_obeys_the_contract() -> None:
+    with _parties() as parties:
+        check_engine(parties.engine, asyncio.run)
+
+
+@pytest.mark.parametrize("length", [0, 1, 999, 1000, 1001, 5000])
+def test_long_frames_travel_in_parts_and_short_ones_in_one_message(length: int) -> None:
+    brief = hashlib.shake_128(b"brief").digest(length)
+
+    async def program(parties: Parties) -> None:
+        engine = parties.engine(part=1000)
+        arrival = await _ask(engine, brief)
+        assert bytes(arrival.frame) == b"0:1:" + brief
+        assert parties.grid is not None
+        down, up = -(-length // 1000) or 1, -(-(length + 4) // 1000)
+        assert len(parties.grid.carried) == down + up - 1
+        assert max(max(sizes) for sizes in parties.grid.carried) <= 1000
+        await engine.close()
+
+    _run(program)
+
+
+def test_a_brief_that_comes_again_gets_the_same_answer() -> None:
+    async def program(parties: Parties) -> None:
+        engine = parties.engine()
+        first, again, other = [await _ask(engine, frame, n) for n, frame in enumerate((b"one", b"one", b"two"), 1)]
+        assert bytes(first.frame) == bytes(again.frame) == b"0:1:one"
+        assert bytes(other.frame) == b"0:2:two"
+        await engine.close()
+
+    _run(program)
+
+
+def test_an_answer_longer_than_allowed_is_refused_before_it_travels() -> None:
+    async def program(parties: Parties) -> None:
+        engine = parties.engine(part=1000, most=3000)
+        arrival = await _ask(engine, bytes(4000))
+        assert "at most 3,000 are accepted" in arrival.refusal
+        assert parties.grid is not None
+        assert sum(up for _, up in parties.grid.carried) <= 1000
+        await engine.close()
+
+    _run(program)
+
+
+def test_a_cut_line_is_an_error_and_not_a_wait() -> None:
+    async def program(parties: Parties) -> None:
+        engine = parties.engine()
+        await _ask(engine, b"one")
+        await engine.close()
+        with pytest.raises(Exception, match="--resume"):
+            engine.ask(request(engine, 0, 2, b"two"))
+
+    _run(program)

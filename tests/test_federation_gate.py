@@ -1,0 +1,312 @@
+"""Keys, and the gates that stand between parties and the SuperLink: real sockets, real TLS, a stand-in behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import ssl
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="the federation extra is not installed")
+
+from mycel.errors import RunError
+from mycel.guard import gates
+from mycel.guard.gates import BETWEEN, REQUEST, CoordinatorGate, OpenGate, PartyGate, client_context, server_context
+from mycel.guard.keys import Identity, issue, make_authority, pem, spki
+from mycel.run.keyring import Keyring
+from mycel.wire.relay import Policy, Relay
+
+PUSH, POLL, APP = "/v1/fleet/push-object", "/v1/fleet/pull-messages", "/v1/fleet/get-fab"
+
+
+class Target:
+    """What stands behind a gate: it remembers what reached it, and answers a poll only once it has something."""
+
+    def __init__(self) -> None:
+        self.reached: list[tuple[str, int]] = []
+        self.empty_polls = 0
+        self.app = b""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b"":
+            lines = head.decode().split("\r\n")
+            length = int(next(line for line in lines if line.lower().startswith("content-length")).split(":")[1])
+            left = length
+            while left:
+                left -= len(await reader.read(min(left, 1 << 16)))
+            path = lines[0].split()[1]
+            self.reached.append((path, length))
+            body = b"answer"
+            if path == POLL and self.empty_polls:
+                self.empty_polls -= 1
+                body = b""
+            if path == APP:
+                body = self.app
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            await writer.drain()
+
+
+@asynccontextmanager
+async def gate(policy: Policy, server: ssl.SSLContext | None = None) -> AsyncIterator[tuple[Target, int, Relay]]:
+    target = Target()
+    behind = await asyncio.start_server(_quietly(target.serve), "127.0.0.1", 0)
+    relay = Relay(("127.0.0.1", behind.sockets[0].getsockname()[1]), policy, server)
+    before = await relay.start("127.0.0.1", 0)
+    try:
+        yield target, before.sockets[0].getsockname()[1], relay
+    finally:
+        before.close()
+        await relay.close()
+        behind.close()
+
+
+def _quietly(serve: Callable[..., object]) -> Callable[..., object]:
+    async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)  # type: ignore[misc]
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    return guarded
+
+
+def _call(
+    port: int, path: str, context: ssl.SSLContext | None, key: bytes = b"", signature: str = "one", body: bytes = b"x"
+) -> tuple[int, bytes]:
+    connection = (
+        http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+        if context
+        else http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    )
+    headers = {"flwr-public-key": base64.b64encode(key).decode(), "flwr-signature": signature}
+    try:
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+class Town:
+    """An authority, two parties that it admitted, and the coordinator's own certificate, as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ring = Keyring.make(folder / "keys", ["127.0.0.1"], ["clinic", "institute"])
+        self.identities = {name: Identity.load(self.file(name)) for name in ("clinic", "institute")}
+        self.policy = CoordinatorGate(self.ring.parties)
+        self.server = server_context(folder / "keys" / "coordinator.pem", folder / "keys" / "authority.crt")
+
+    def file(self, name: str) -> Path:
+        return self.folder / "keys" / "parties" / f"{name}.pem"
+
+    def key(self, name: str) -> bytes:
+        return spki(self.identities[name].key.public_key())
+
+    def context(self, bundle: Path | None) -> ssl.SSLContext:
+        return client_context(self.folder / "keys" / "authority.crt", bundle)
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Town:
+    return Town(tmp_path)
+
+
+def test_keys_are_their_owners_alone_and_never_overwritten(town: Town) -> None:
+    for path in (*(town.folder / "keys").glob("*.pem"), town.file("clinic")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((town.folder / "keys").stat().st_mode) == 0o700
+    with pytest.raises(RunError, match="never overwritten"):
+        Keyring.make(town.folder / "keys", ["127.0.0.1"], [])
+    with pytest.raises(RunError, match="there is a party 'clinic' already"):
+        town.ring.add("clinic")
+    with pytest.raises(RunError, match="cannot be called"):
+        town.ring.add("../clinic")
+    town.file("clinic").chmod(0o644)
+    with pytest.raises(RunError, match="chmod 600"):
+        Identity.load(town.file("clinic"))
+
+
+def test_a_bundle_whose_parts_do_not_belong_together_is_refused(town: Town, tmp_path: Path) -> None:
+    stranger = issue(make_authority("other"), "clinic")
+    mixed = Identity(stranger.key, town.identities["clinic"].certificate, town.identities["clinic"].authority)
+    mixed.save(tmp_path / "mixed.pem")
+    with pytest.raises(RunError, match="do not belong together"):
+        Identity.load(tmp_path / "mixed.pem")
+    (tmp_path / "stranger.crt").write_bytes(pem(stranger.certificate))
+    with pytest.raises(RunError, match="not issued by this federation"):
+        town.ring.admit(tmp_path / "stranger.crt")
+
+
+def test_admission_keeps_its_order_and_forgets_the_revoked(town: Town) -> None:
+    town.ring.add("abbey")
+    assert list(town.ring.parties()) == ["clinic", "institute", "abbey"]
+    town.ring.revoke("clinic")
+    town.ring.add("clinic-2")
+    assert list(town.ring.parties()) == ["institute", "abbey", "clinic-2"]
+    with pytest.raises(RunError, match="no admitted party"):
+        town.ring.revoke("clinic")
+
+
+def _through(town: Town, *calls: Callable[[int], tuple[int, bytes]]) -> tuple[list[tuple[int, bytes]], Target, Relay]:
+    async def program() -> tuple[list[tuple[int, bytes]], Target, Relay]:
+        async with gate(town.policy, town.server) as (target, port, relay):
+            return [await asyncio.to_thread(call, port) for call in calls], target, relay
+
+    return asyncio.run(program())
+
+
+def test_an_admitted_party_passes_and_is_counted_by_the_kernel(town: Town) -> None:
+    context, key, size = town.context(town.file("clinic")), town.key("clinic"), 1 << 20
+    answers, target, _ = _through(
+        town,
+        lambda port: _call(port, PUSH, context, key, "a", bytes(size)),
+        lambda port: _call(port, POLL, context, key, "b"),
+    )
+    assert answers == [(200, b"answer"), (200, b"answer")]
+    assert target.reached == [(PUSH, size), (POLL, 1)]
+    received = sum(town.policy.traffic["clinic"].received.values())
+    assert size < received < 1.02 * size
+
+
+def test_strangers_stay_out(town: Town, tmp_path: Path) -> None:
+    outsider = issue(make_authority("other"), "clinic")
+    outsider.save(tmp_path / "outsider.pem")
+    root = Identity.load(town.folder / "keys" / "authority.pem")
+    issue(root, "clinic", days=-1).save(tmp_path / "expired.pem")
+    unknown = issue(root, "newcomer")  # signed, but never admitted
+    unknown.save(tmp_path / "unknown.pem")
+    key = spki(unknown.key.public_key())
+
+    def refused_by_tls(bundle: Path | None) -> Callable[[int], tuple[int, bytes]]:
+        def call(port: int) -> tuple[int, bytes]:
+            with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+                _call(port, POLL, town.context(bundle), key)
+            return 0, b""
+
+        return call
+
+    def plain(port: int) -> tuple[int, bytes]:
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            _call(port, POLL, None, key)
+        return 0, b""
+
+    answers, target, relay = _through(
+        town,
+        plain,
+        refused_by_tls(None),
+        refused_by_tls(tmp_path / "outsider.pem"),
+        refused_by_tls(tmp_path / "expired.pem"),
+        lambda port: _call(port, POLL, town.context(tmp_path / "unknown.pem"), key),
+    )
+    assert answers[-1] == (403, b"the certificate's key is not, or no longer, admitted")
+    assert sum(relay.refused.values()) == 1
+    assert not target.reached
+
+
+def test_a_revoked_key_is_refused_from_that_moment(town: Town) -> None:
+    context, key = town.context(town.file("clinic")), town.key("clinic")
+
+    def after(port: int) -> tuple[int, bytes]:
+        town.ring.revoke("clinic")
+        return _call(port, POLL, context, key, "two")
+
+    answers, target, _ = _through(town, lambda port: _call(port, POLL, context, key, "one"), after)
+    assert [status for status, _ in answers] == [200, 403]
+    assert len(target.reached) == 1
+
+
+def test_a_replayed_request_another_ones_key_and_the_control_interface_are_refused(town: Town) -> None:
+    context, key, other = town.context(town.file("clinic")), town.key("clinic"), town.key("institute")
+    answers, target, relay = _through(
+        town,
+        lambda port: _call(port, POLL, context, key, "one"),
+        lambda port: _call(port, POLL, context, key, "one"),
+        lambda port: _call(port, POLL, context, key, ""),
+        lambda port: _call(port, POLL, context, other, "two"),
+        lambda port: _call(port, "/v1/control/start-run", context, key, "three"),
+        lambda port: _call(port, "/v1/runtime/get-nodes", context, key, "four"),
+        lambda port: _call(port, "/v1/fleet/register-node", context, key, "five"),
+    )
+    assert [status for status, _ in answers] == [200, *[403] * 6]
+    assert target.reached == [(POLL, 1)]
+    assert sum(relay.refused.values()) == 6
+
+
+def test_a_signature_is_remembered_as_long_as_it_would_be_taken(town: Town) -> None:
+    moment = [0.0]
+    policy = CoordinatorGate(town.ring.parties, clock=lambda: moment[0])
+    assert policy._fresh("one")
+    moment[0] = gates.TOLERANCE
+    assert not policy._fresh("one")
+    moment[0] = 2 * gates.TOLERANCE + 1
+    assert policy._fresh("one")
+
+
+def test_floods_are_refused_before_they_are_read(town: Town) -> None:
+    context, key = town.context(town.file("clinic")), town.key("clinic")
+    size = 7 << 20
+    whole = -(-BETWEEN // size)  # the request with which a message's bytes are used up
+
+    def too_long(port: int) -> tuple[int, bytes]:
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+        headers = {"content-length": str(REQUEST + 1), "flwr-signature": "long"}
+        connection.putrequest("POST", PUSH)
+        for name, value in {**headers, "flwr-public-key": base64.b64encode(key).decode()}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        found = answer.status, answer.read()
+        connection.close()
+        return found
+
+    floods = [lambda port, n=n: _call(port, PUSH, context, key, f"n{n}", bytes(size)) for n in range(whole - 1)]
+    answers, target, _ = _through(town, too_long, *floods)
+    assert answers[0] == (403, b"the request is too long")
+    assert all(status == 200 for status, _ in answers[1:])
+    assert sum(length for _, length in target.reached) < BETWEEN
+
+    def last(port: int) -> tuple[int, bytes]:
+        try:
+            return _call(port, PUSH, context, key, "last", bytes(size))
+        except OSError:  # refused while it was still being sent
+            return 403, b""
+
+    answers, target, relay = _through(town, last)
+    assert answers[0][0] == 403
+    assert relay.refused == {"more bytes than a message holds": 1}
+    assert not target.reached
+
+
+def test_a_poll_waits_at_the_gate_until_there_is_something() -> None:
+    async def program() -> None:
+        async with gate(OpenGate()) as (target, port, _):
+            target.empty_polls = 5
+            answer = await asyncio.to_thread(_call, port, POLL, None)
+            assert answer == (200, b"answer")
+            assert len(target.reached) == 6
+
+    asyncio.run(program())
+
+
+def test_a_party_lets_no_other_app_in() -> None:
+    async def program() -> None:
+        async with gate(PartyGate(b"our own app")) as (target, port, relay):
+            target.app = b"\x0a\x0b" + b"our own app" + b"hash"
+            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 200
+            target.app = b"\x0a\x0b" + b"another app" + b"hash"
+            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 502
+            target.app = b"our own app" + bytes(2000)
+            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 502
+            assert (await asyncio.to_thread(_call, port, "/v1/control/start-run", None))[0] == 403
+            assert sum(relay.refused.values()) == 3
+
+    asyncio.run(program())
