@@ -42,6 +42,7 @@ def load_system(recipe: Recipe) -> System:
             f"rounds.pace is {recipe.rounds.pace!r}, which is unsound for the system {recipe.system!r}: "
             f"it takes {' or '.join(system.paces)}"
         )
+    importlib.import_module("mycel.rounds.pairing").check_pairing(recipe, system)
     return system
 
 

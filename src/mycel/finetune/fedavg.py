@@ -41,6 +41,7 @@ class FedAvg(System):
     """Federated averaging over any trainable; the plain system that the others vary."""
 
     Knobs: ClassVar[type[Knobs]] = FedAvgKnobs
+    needs = "sum"
 
     def begin(self, world: World) -> State:
         """Start from the trainable's initial state, or from the adapter that the recipe names."""

@@ -32,7 +32,7 @@ from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.rounds.gradients import two_point, walk
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.replay import draws, pool_of, replay, require_forward_passes, require_shared_directions
+from mycel.rounds.replay import ONE_ROUND, draws, pool_of, replay, require_forward_passes, require_one_rank
 from mycel.rounds.system import Answer, Outcome, State, group, with_role
 from mycel.rounds.training import batch_loss
 from mycel.wire.parcel import Parcel
@@ -65,11 +65,12 @@ class FedKSeed(FedAvg):
 
     Knobs = FedKSeedKnobs
     reports = ("samples",)
+    feedback = ONE_ROUND
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         require_forward_passes(recipe, plain=True)
-        require_shared_directions(recipe)
+        require_one_rank(recipe)
 
     @cached_property
     def pool(self) -> list[int]:

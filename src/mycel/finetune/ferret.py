@@ -33,7 +33,7 @@ from mycel.finetune.fedkseed import round_bytes
 from mycel.rounds.algebra import add, norm, subtract
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.projection import allot, flatten, partition, project, reconstruct, unflatten
-from mycel.rounds.replay import require_shared_directions
+from mycel.rounds.replay import ONE_ROUND, require_one_rank
 from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
@@ -62,10 +62,11 @@ class Ferret(FedAvg):
 
     Knobs = FerretKnobs
     leaves = ("update", COUNTS)
+    feedback = ONE_ROUND
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        require_shared_directions(recipe)
+        require_one_rank(recipe)
 
     def begin(self, world: World) -> State:
         """Start as FedAvg does; every party can make the same start, unless the world was given another."""

@@ -31,7 +31,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import add, resize_rank, scale, subtract, weighted_mean
@@ -65,15 +64,11 @@ class Flasc(FedAvg):
     """Sparse messages around dense training."""
 
     Knobs = FlascKnobs
+    feedback = "other entries are sent in every round, to which the last round's losses do not belong"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         require_lora(recipe)
-        if recipe.wire.error_feedback:
-            raise RecipeError(
-                "wire.error_feedback is true, and flasc sends other entries in every round, to which the last "
-                "round's losses do not belong: set it to false"
-            )
 
     def begin(self, world: World) -> State:
         """Start from the dense state, at round 0."""

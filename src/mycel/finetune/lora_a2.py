@@ -36,7 +36,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mycel.errors import ParcelError, RecipeError
+from mycel.errors import ParcelError
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import add, subtract, weighted_mean
@@ -69,15 +69,11 @@ class LoraA2(FedAvg):
     Knobs = LoraA2Knobs
     leaves = ("update", "places")
     paces = ("synchronous",)
+    feedback = "other slices are sent in every round, to which the last round's losses do not belong"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         require_lora(recipe)
-        if recipe.wire.error_feedback:
-            raise RecipeError(
-                "wire.error_feedback is true, and lora_a2 sends other slices in every round, to which the last "
-                "round's losses do not belong: set it to false"
-            )
 
     def begin(self, world: World) -> State:
         """Both factors at the largest rank; B moves first."""

@@ -96,8 +96,8 @@ class Guard(Section):
     """What protects what leaves."""
 
     clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of a party's update; 0: none")
-    sums: Literal["plain", "masked", "sparsely-masked", "homomorphic"] = Field(
-        "plain", description="how answers are added up: in the open, under masks (sparse graph: cheaper), or CKKS"
+    sums: Literal["plain", "masked", "sparsely-masked"] = Field(
+        "plain", description="how answers are added up: in the open, or under masks (on a sparse graph: cheaper)"
     )
     staying: Annotated[float, Field(gt=0.5, le=1)] = Field(
         0.67, description="share of the asked parties that is enough to open a masked sum"
@@ -129,6 +129,21 @@ class FleetSpec(Section):
     devices: str = Field("six-laptops", description="a built-in profile or a fleet.toml")
 
 
+class Layout(Section):
+    """How the ranks inside an island divide a model and its batches (`mycel run --nproc`)."""
+
+    data: Positive = Field(1, description="ranks that share out the rows of a step and shard the weights (FSDP)")
+    tensor: Positive = Field(1, description="ranks that divide every matrix")
+    pipeline: Positive = Field(1, description="ranks that hold consecutive blocks")
+    sequence: Positive = Field(1, description="ranks that divide every row's tokens")
+    micro_batches: Positive = Field(1, description="pieces of a data rank's rows, one after another")
+    schedule: Literal["gpipe", "1f1b"] = Field("gpipe", description="order of a pipeline's micro-batches")
+    blocks: list[Positive] = Field(default=[], description="blocks of each pipeline stage; empty: as even as can be")
+    recompute: bool = Field(False, description="drop activations on the way forward and compute them again")
+    codec: str = Field("", description="codec of the gradients that data ranks exchange; empty: none")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: at the end")
+
+
 class Engine(Section):
     """What carries parcels and runs the work."""
 
@@ -151,6 +166,7 @@ class Recipe(Section):
     guard: Guard = Guard()
     threat: Threat = Threat()
     fleet: FleetSpec = FleetSpec()
+    layout: Layout = Layout()
     engine: Engine = Engine()
     knobs: dict[str, Any] = Field(default={}, description="the system's own settings, checked against its Knobs")
     compare: list[

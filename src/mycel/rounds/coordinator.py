@@ -16,7 +16,9 @@ from mycel.errors import EngineError, ParcelError
 from mycel.evaluate.metrics import Scores
 from mycel.rounds.algebra import discount
 from mycel.rounds.deadline import Deadlines
+from mycel.rounds.guarding import Guarding
 from mycel.rounds.pace import Pace, View
+from mycel.rounds.sealing import is_letter
 from mycel.rounds.site import limits
 from mycel.rounds.system import Answer, Shelved, State, System, check_answer, check_shapes, group
 from mycel.rounds.world import World
@@ -24,6 +26,8 @@ from mycel.wire.codecs import parse_codec
 from mycel.wire.meter import Meter
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Shelf
+
+ATTEMPTS = 8  # at a round whose sum cannot be opened, one after another
 
 
 class Record(Protocol):
@@ -70,6 +74,8 @@ class Coordinator:
         made the round, until it returns.
     shelf : Shelf
         Where answers wait to be combined.
+    wiretap : callable, optional
+        Sees every frame that crosses: ``(direction, node, kind, frame)``.
     """
 
     world: World
@@ -84,9 +90,16 @@ class Coordinator:
     deadlines: Deadlines = field(default_factory=Deadlines)
     latest: list[Answer] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)
+    wiretap: Callable[[str, int, str, bytes], None] | None = None
     _arrived: dict[int, Answer] = field(default_factory=dict)
+    _letters: dict[int, Parcel] = field(default_factory=dict)
+    _present: tuple[int, ...] | None = None
+    _attempts: int = 0
     _brief_sent: tuple[Parcel, bytes] | None = None
     _refused: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.guarding = Guarding(self.world, self.system)
 
     async def run(self) -> State:
         """Run every round that is left, deliver the result to every node, and return the final state."""
@@ -101,7 +114,12 @@ class Coordinator:
         return done.state
 
     async def _advance(self) -> None:
+        if self.guarding.hides and self._present is None and not await self._prepare():
+            return
         view = self._view()
+        if not view.cohort:  # a draw of nobody is a round all the same: its noise is released
+            await self._combine()
+            return
         for node in self.pace.ask(view):
             self._ask(node, self._brief(node))
         if not self.leases:
@@ -110,7 +128,7 @@ class Coordinator:
         if arrival is not None:
             self._collect(arrival)
         if self.pace.ready(self._view()):
-            self._combine()
+            await self._combine()
         elif self._overdue or (arrival is None and self.pace.keeps):
             self._expire()
 
@@ -136,7 +154,52 @@ class Coordinator:
             self._overdue,
         )
 
+    async def _prepare(self) -> bool:
+        """Let the hiding guard exchange its messages; return whether enough parties are left to go on."""
+        cohort = self._cohort()
+        if not cohort:
+            return True
+        try:
+            self._present = tuple(await self.guarding.prepare(self._exchange, cohort, self.progress.state))
+        except ParcelError as error:
+            self._abandon(str(error))
+            return False
+        self._refused.clear()  # who left before is no part of this cohort
+        return True
+
+    async def _exchange(self, briefs: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        """Send each node one of the guard's messages and return the answers that come before their deadlines."""
+        self._letters = {}
+        for node, brief in briefs.items():
+            self._ask(node, brief)
+        while self.leases:
+            arrival = await self.engine.answer(self._next_deadline())
+            if arrival is None:
+                self._expire()
+            else:
+                self._collect(arrival)
+        return self._letters
+
+    def _abandon(self, why: str) -> None:
+        """Give up an attempt at a round: whatever arrived for it is dropped, and it is begun anew."""
+        self.leases.clear()
+        self._arrived.clear()
+        self._refused.clear()
+        self._present = None
+        self._attempts += 1
+        self._drop(-1, "abandoned", why, self.engine.now())
+        if self._attempts >= ATTEMPTS:
+            raise EngineError(
+                f"round {self.progress.version + 1} was abandoned {ATTEMPTS} times, last because {why}: ask more "
+                "parties (rounds.cohort), or let fewer be enough (guard.staying, above 0.5)"
+            )
+
     def _cohort(self) -> tuple[int, ...]:
+        if self._present is not None:
+            return self._present
+        drawn = self.guarding.cohort(self.progress.version)
+        if drawn is not None:
+            return drawn
         nodes = list(range(len(self.world.nodes)))
         share = self.world.recipe.rounds.cohort
         if share >= 1:
@@ -151,7 +214,8 @@ class Coordinator:
         header = {**brief.header, "version": self.progress.version}
         if self.progress.version % every == 0:
             header["evaluate"] = 1
-        return Parcel(brief.kind, header, brief.tensors)
+        told = self.guarding.terms()
+        return Parcel(brief.kind, header | ({"guard": told} if told else {}), brief.tensors)
 
     def _ask(self, node: int, brief: Parcel) -> None:
         frame = self._serialise(brief)
@@ -160,7 +224,10 @@ class Coordinator:
         self.progress.generation += 1
         ready = self.progress.busy.get(node, 0.0) if self.system.ahead and brief.kind == "work" else None
         request = Request(node, self.progress.generation, frame, self.engine.now(), seconds, ready)
-        self.meter.count(node, "down", brief.kind, len(frame))
+        self.meter.count(node, "down", "guard" if is_letter(brief) else brief.kind, len(frame))
+        self._tap("down", node, brief.kind, frame)
+        if brief.kind == "work":
+            self.guarding.count(node)
         self.record("ask", round=self.progress.version, node=node, bytes=len(frame), at=request.asked)
         deadline = self.deadlines.of(request, self.engine, self.world.recipe.rounds.patience)
         expects = self.system.expects(brief) if brief.kind == "work" else None
@@ -185,13 +252,20 @@ class Coordinator:
             self._refused[arrival.node] += 1
             self._drop(arrival.node, "lost", arrival.refusal, arrival.at)
             return
-        self.meter.count(arrival.node, "up", lease.kind, size)
+        letter = is_letter(Parcel(lease.kind))
+        self.meter.count(arrival.node, "up", "guard" if letter else lease.kind, size)
+        if self.wiretap is not None:
+            self._tap("up", arrival.node, lease.kind, bytes(arrival.frame))
         del self.leases[arrival.node]
         if lease.request.ready is not None:
             self.progress.busy[arrival.node] = arrival.computed + lease.request.seconds
-        self.deadlines.learn(arrival)
+        if not letter:  # how soon keys come says nothing of how long work takes
+            self.deadlines.learn(arrival)
         self._bound()
         try:
+            if letter:
+                self._letters[arrival.node] = self._open_frame(arrival)
+                return
             answer, loss = self._filter(arrival, lease)
         except ParcelError as error:
             self._refused[arrival.node] += 1
@@ -219,13 +293,13 @@ class Coordinator:
 
     def _filter(self, arrival: Arrival, lease: Lease) -> tuple[Answer, Any]:
         """Return the answer, once it is found sound, and the loss it reports."""
-        if arrival.refusal:
-            raise ParcelError(arrival.refusal)
-        wire, rounds = self.world.recipe.wire, self.world.recipe.rounds
-        bounds = limits(wire, self.world.base)
-        parcel = Parcel.from_bytes(bytes(arrival.frame), bounds)
-        check_answer(self.system, parcel)
-        if lease.expects is not None:
+        rounds, bounds = self.world.recipe.rounds, limits(self.world.recipe.wire, self.world.base)
+        parcel = self._open_frame(arrival)
+        hidden = self.guarding.current if lease.kind == "work" else None
+        check_answer(self.system, parcel, sealed=hidden is not None)
+        if hidden is not None:
+            hidden.check(arrival.node, parcel)
+        elif lease.expects is not None:
             check_shapes(group(parcel.tensors, "update"), lease.expects)
         if lease.kind == "work":
             self.system.inspect(self.progress.state, arrival.node, parcel)
@@ -240,15 +314,31 @@ class Coordinator:
         sent = Shelved(self.shelf.keep(arrival.frame), bounds)
         return Answer(arrival.node, sent, samples, staleness, weight), parcel.header.get("loss")
 
-    def _combine(self) -> None:
+    def _open_frame(self, arrival: Arrival) -> Parcel:
+        if arrival.refusal:
+            raise ParcelError(arrival.refusal)
+        return Parcel.from_bytes(bytes(arrival.frame), limits(self.world.recipe.wire, self.world.base))
+
+    def _tap(self, direction: str, node: int, kind: str, frame: bytes) -> None:
+        if self.wiretap is not None:
+            self.wiretap(direction, node, kind, frame)
+
+    async def _combine(self) -> None:
         done = self.progress
-        self.latest = answers = [self._arrived[node] for node in sorted(self._arrived)]
-        done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         if not self.pace.keeps:
             self._expire()
             self.leases.clear()
+        self.latest = [self._arrived[node] for node in sorted(self._arrived)]
+        try:
+            answers = await self.guarding.open(self._exchange, self.latest, done.state)
+        except ParcelError as error:
+            self._abandon(str(error))
+            return
+        if answers:
+            done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         done.version += 1
-        self._close_round(len(answers))
+        self._present, self.guarding.current, self._attempts = None, None, 0
+        self._close_round(len(self.latest))
         self._arrived.clear()
         self._refused.clear()
         self.checkpoint(self)
@@ -277,6 +367,7 @@ class Coordinator:
         """Hand the final state to every node; each scores it on its own held-out examples."""
         waiting = set(range(len(self.world.nodes)))
         self.leases.clear()
+        self.guarding.current = None
         for node in sorted(waiting):
             brief = self._brief(node)
             self._ask(node, Parcel("deliver", {**brief.header, "evaluate": 1}, brief.tensors))

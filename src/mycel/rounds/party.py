@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mycel.data.tokens import Batch, TokenTable, batches
+from mycel.guard.example import Privacy, train_private
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
+from mycel.rounds.sealing import noise_of
 from mycel.rounds.system import with_role
-from mycel.rounds.training import Correction, TrainingResult, train
+from mycel.rounds.training import Correction, TrainingResult, make_optimizer, train
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class Party:
         ``only`` names the parameters that move; the others need no gradient and no optimiser state.
         """
         with trainable.active(), free(trainable.parameters(), only) as parameters:
+            if self.recipe.guard.private == "example":
+                return self._train_private(parameters, steps, correct, after)
             return train(
                 self.base.model,
                 parameters,
@@ -102,6 +106,33 @@ class Party:
                 correct,
                 after,
             )
+
+    def _train_private(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        steps: int | None,
+        correct: Correction | None,
+        after: Correction | None,
+    ) -> TrainingResult:
+        """Train so that no single example can be told from what leaves."""
+        training, guard = self.recipe.training, self.recipe.guard
+        steps = steps or self.recipe.rounds.local_steps
+        noise = noise_of(self.recipe, min(1.0, training.batch_size / self.samples), self.recipe.rounds.local_steps)
+        privacy = Privacy(guard.clip_norm, noise, self.seed if guard.replayable else None)
+        optimizer = make_optimizer(parameters, training)
+        loss, tokens = train_private(
+            self.base.model,
+            parameters,
+            optimizer,
+            self.examples,
+            training.batch_size,
+            steps,
+            self.pad_id,
+            privacy,
+            correct,
+            after,
+        )
+        return TrainingResult(loss, steps, tokens)
 
     def initial(self, trainable: Trainable) -> Tensors:
         """Return where training begins, which every node makes for itself from the recipe."""

@@ -69,14 +69,7 @@ def require_forward_passes(recipe: Recipe, plain: bool) -> None:
         raise RecipeError(f"the system {recipe.system!r} needs {needed}; found {found}")
 
 
-def require_shared_directions(recipe: Recipe) -> None:
-    """Refuse ranks of several sizes and error feedback: a scalar has its meaning from one round's shapes and seeds."""
-    if recipe.wire.error_feedback:
-        raise RecipeError(
-            f"wire.error_feedback is on, and answers of the system {recipe.system!r} belong to the seeds of one round: "
-            "what a codec lost cannot be added to the next; turn it off"
-        )
-    require_one_rank(recipe)
+ONE_ROUND = "answers belong to the seeds of one round: what a codec lost cannot be added to the next"
 
 
 def require_one_rank(recipe: Recipe) -> None:

@@ -33,7 +33,7 @@ Workers = Inline | WorkerPool
 
 @dataclass(frozen=True)
 class Finished:
-    """A simulation that has come to its end; ``homes`` is what its parties keep, as frames."""
+    """A simulation that has come to its end; ``homes`` is what its parties keep, as frames; ``guard`` is a receipt."""
 
     arm: str
     world: World
@@ -42,6 +42,7 @@ class Finished:
     meter: Meter
     virtual_seconds: float
     homes: Mapping[int, bytes] = field(default_factory=dict)
+    guard: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> State:
@@ -111,6 +112,7 @@ class Simulation:
             coordinator.meter,
             engine.now(),
             dict(engine.homes()),
+            coordinator.guarding.receipt(),
         )
 
 

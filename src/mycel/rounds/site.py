@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mycel.catalog import load_system
 from mycel.data.tokens import TokenStore
 from mycel.evaluate.metrics import Scores, held_out
-from mycel.guard.clip import clip
+from mycel.guard.attacks.threats import parse_threat
 from mycel.models.base import Base, open_base
 from mycel.models.trainable import Trainable, build_trainable
 from mycel.recipe.schema import Recipe, Wire
 from mycel.rounds.party import Party
+from mycel.rounds.sealing import Sealing, is_letter
 from mycel.rounds.system import System, check_answer, group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
@@ -73,6 +74,11 @@ class Site:
         return load_system(self.job.recipe)
 
     @cached_property
+    def sealing(self) -> Sealing:
+        """What answers go through before they leave."""
+        return Sealing(self.job.recipe, len(self.store))
+
+    @cached_property
     def base(self) -> Base:
         """The frozen base."""
         adapter = self.job.recipe.model.adapter
@@ -96,10 +102,17 @@ class Site:
             self.trainables[key] = build_trainable(spec, self.base, rank)
         return self.trainables[key]
 
+    def holding(self, node: int) -> int:
+        """Return which of the store's parties is ``node``; the coordinator looks through the first one's eyes."""
+        return max(node, 0)
+
     def party(self, node: int, version: int, personal: Mapping[str, Any] | None = None) -> Party:
         """Return one node's view; -1 is the coordinator, which holds no examples."""
-        table = self.store.pooled() if self.job.pooled else self.store.train(max(node, 0))
+        table = self.store.pooled() if self.job.pooled else self.store.train(self.holding(node))
         examples = table.slice(0, 0) if node < 0 else table
+        if node in self.sealing.liars:
+            tokenise = partial(self.base.tokenizer.encode, add_special_tokens=False)
+            examples = parse_threat(self.job.recipe.threat.attack).examples(table, tokenise)
         return Party(node, version, self.job.recipe, self.base, examples, self.bind, dict(personal or {}))
 
     def handle(self, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
@@ -107,6 +120,10 @@ class Site:
         wire = self.job.recipe.wire
         brief = Parcel.from_bytes(frame, limits(wire, self.base))
         kept = Parcel.from_bytes(home).tensors if home else {}
+        if is_letter(brief):
+            letter, secrets = self.sealing.letter(node, brief, group(kept, "guard"))
+            others = {name: value for name, value in kept.items() if not name.startswith("guard/")}
+            return letter.to_bytes(), Parcel("home", {}, others | with_role("guard", secrets)).to_bytes()
         party = self.party(node, int(brief.header.get("version", 0)), group(kept, "personal"))
         scores = [self.evaluate(brief, party, index) for index in self._evaluated(brief, node)]
         if brief.kind == "deliver":
@@ -117,36 +134,43 @@ class Site:
             numbers = [number for score in scores for number in (score.loss_sum, score.tokens, score.correct)]
             answer = Parcel(answer.kind, {**answer.header, "scores": numbers}, answer.tensors)
         check_answer(self.system, answer)
-        sent, residual = self._encode(self._guard(answer), group(kept, "residual"))
-        home_tensors = with_role("personal", party.personal) | with_role("residual", residual)
+        secrets = group(kept, "guard")
+        residual = group(kept, "residual")
+        if brief.kind == "deliver":
+            sent = answer.to_bytes(parse_codec(wire.codec))
+        elif self.sealing.hidden is not None:
+            answer, residual = self._compensated(answer, residual)
+            sealed, secrets = self.sealing.protect(node, answer, brief, secrets)
+            sent = sealed.to_bytes()
+        else:
+            guarded, _ = self.sealing.protect(node, answer, brief, {})
+            guarded, residual = self._compensated(guarded, residual)
+            sent = guarded.to_bytes(parse_codec(wire.codec))
+        home_tensors = (
+            with_role("personal", party.personal) | with_role("residual", residual) | with_role("guard", secrets)
+        )
         return sent, Parcel("home", {}, home_tensors).to_bytes() if home_tensors else b""
 
     def evaluate(self, brief: Parcel, party: Party, holder: int) -> Scores:
         """Score the model that a brief describes on the held-out examples of ``holder``."""
         trainable = self.system.adopt(brief, party)
         objective = self.job.recipe.training.objective
+        table = self.store.held_out(self.holding(holder))
         with trainable.active():
-            return held_out(self.base.model, self.store.held_out(holder), pad_id=party.pad_id, objective=objective)
+            return held_out(self.base.model, table, pad_id=party.pad_id, objective=objective)
 
     def _evaluated(self, brief: Parcel, node: int) -> list[int]:
         # Other parties' held-out examples are named only by a simulation's comparison arms; a real party holds its own.
         return list(brief.header.get("holders", [node] if brief.header.get("evaluate") else []))
 
-    def _guard(self, answer: Parcel) -> Parcel:
-        bound = self.job.recipe.guard.clip_norm
-        if not bound:
-            return answer
-        update = with_role("update", clip(group(answer.tensors, "update"), bound))
-        return Parcel(answer.kind, answer.header, {**answer.tensors, **update})
-
-    def _encode(self, answer: Parcel, residual: Tensors) -> tuple[bytes, Tensors]:
-        """Serialise an answer; with error feedback, return what the codec lost this time."""
+    def _compensated(self, answer: Parcel, residual: Tensors) -> tuple[Parcel, Tensors]:
+        """With error feedback, add what the codec lost before; return what it loses this time."""
         wire = self.job.recipe.wire
         codec = parse_codec(wire.codec)
-        if wire.error_feedback and answer.tensors and not codec.lossless:
-            tensors, residual = compensate(answer.tensors, residual, codec)
-            answer = Parcel(answer.kind, answer.header, tensors)
-        return answer.to_bytes(codec), residual
+        if not wire.error_feedback or not answer.tensors or codec.lossless:
+            return answer, residual
+        tensors, residual = compensate(answer.tensors, residual, codec)
+        return Parcel(answer.kind, answer.header, tensors), residual
 
 
 def limits(wire: Wire, base: Base) -> Limits:

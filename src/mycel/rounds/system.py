@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -159,6 +159,11 @@ class System:
         Paces under which the mechanism is sound.
     moves_base : bool
         Whether the result is a change of the base rather than a state that training could go on from.
+    needs : {"sum", "individuals"}
+        What ``combine`` must be given: ``sum`` where one answer that is the weighted mean of all would do as well.
+        A subclass with a ``combine`` of its own needs individuals unless it says otherwise.
+    feedback : str
+        Why error feedback is unsound here; empty where it is sound.
     ahead : bool
         Whether a node answers with what it made after the brief before and works on while that travels.
     """
@@ -168,7 +173,14 @@ class System:
     reports: ClassVar[tuple[str, ...]] = ("samples", "loss")
     paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
     moves_base: ClassVar[bool] = False
+    needs: ClassVar[Literal["sum", "individuals"]] = "individuals"
+    feedback: ClassVar[str] = ""
     ahead: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "needs" not in cls.__dict__ and {"combine", "leaves"} & cls.__dict__.keys():
+            cls.needs = "individuals"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -231,14 +243,16 @@ def group(tensors: Tensors, role: str) -> Tensors:
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def check_answer(system: System, answer: Parcel) -> None:
+def check_answer(system: System, answer: Parcel, sealed: bool = False) -> None:
     """Refuse an answer that holds a role, a report or a value that the system does not declare.
+
+    ``sealed`` answers hold what a guard made of the declared roles, which the guard itself checks.
 
     Used at the party before anything leaves, and at the coordinator before anything is combined.
     """
     for name, tensor in answer.tensors.items():
         role = name.partition("/")[0]
-        if role not in system.leaves:
+        if role not in (("sealed",) if sealed else system.leaves):
             raise ParcelError(
                 f"tensor {name!r} has the role {role!r}; only {', '.join(system.leaves)} may leave a party"
             )

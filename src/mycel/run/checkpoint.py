@@ -18,7 +18,8 @@ from mycel.engines.engine import Pending, Request
 from mycel.errors import ParcelError, RunError
 from mycel.rounds.coordinator import Coordinator, Lease, Progress
 from mycel.rounds.deadline import WINDOW
-from mycel.rounds.system import State
+from mycel.rounds.guarding import restored
+from mycel.rounds.system import State, with_role
 from mycel.run.folder import write_bytes
 from mycel.wire.parcel import Parcel, Tensors
 
@@ -54,7 +55,11 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
             tensors[f"request.{item.request.generation}/home"] = _bytes(item.home)
     for node, home in coordinator.engine.homes().items():
         tensors[f"home.{node}/frame"] = _bytes(home)
+    guarding = coordinator.guarding
+    for node, history in (guarding.distrust.histories if guarding.distrust else {}).items():
+        tensors |= with_role(f"guard.{node}", history)
     header: dict[str, Any] = {
+        "guard": guarding.facts,
         "state": state.header,
         "version": done.version,
         "generation": done.generation,
@@ -167,6 +172,8 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
         Counter(header["drops"]),
         {int(node): moment for node, moment in header["busy"].items()},
     )
+    histories = {name[6:]: value for name, value in parcel.tensors.items() if name.startswith("guard.")}
+    restored(coordinator.guarding, header["guard"], histories)
     coordinator.meter.restore(header["meter"])
     coordinator.deadlines.recent = {int(node): deque(seconds, WINDOW) for node, seconds in header["recent"].items()}
     coordinator.deadlines.silent = Counter({int(node): count for node, count in header["silent"].items()})

@@ -68,6 +68,7 @@ def build_result(recipe: Recipe, finished: Mapping[str, Finished], probes: Probe
         "state_sha256": main.state.sha256(),
         "seconds": round(seconds, 3),
         "virtual_seconds": main.virtual_seconds,
+        "guard": dict(main.guard),
         "arms": arm_entries(recipe, finished, mixture),
     }
 
@@ -113,6 +114,6 @@ def _bytes(main: Finished, nodes: list[Node]) -> dict[str, Any]:
         "per_party": {node.name: {way: meter.total(way, node=node.index) for way in ("up", "down")} for node in nodes},
         "by_purpose": {
             purpose: {way: meter.total(way, purpose=purpose) for way in ("up", "down")}
-            for purpose in ("work", "deliver", "late")
+            for purpose in ("work", "deliver", "late", "guard")
         },
     }

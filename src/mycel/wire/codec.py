@@ -6,6 +6,7 @@ float part of the one before it, and an entropy coder encodes every part. ``pars
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor
@@ -24,11 +25,14 @@ class Codec(ABC):
         Whether ``decode(encode(x))`` equals ``x`` to the bit.
     linear : bool
         Whether a sum of decoded tensors equals the decoding of a sum of parts (what secret sums need).
+    reach : float
+        Largest magnitude that is told apart; larger numbers are cut off.
     """
 
     spec: str
     lossless: bool = False
     linear: bool = False
+    reach: float = math.inf
 
     @abstractmethod
     def encode(self, tensor: Tensor) -> Parts:

@@ -1,0 +1,1 @@
+"""Attacks: what a guard is worth is what is left of them."""

@@ -1,0 +1,206 @@
+"""Attacks pointed at a recipe: a run is watched as a curious coordinator would, and each attack scores what it got.
+
+Every score says what the attacker sees is worth: 0 (or 0.5 for membership, 1 / parties for the property) is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mycel.data.examples import Example
+from mycel.data.parties import PartyData, load_parties
+from mycel.data.tokens import TokenStore, TokenTable
+from mycel.guard.attacks.memorisation import (
+    alternatives,
+    area_under_curve,
+    canary,
+    exposure,
+    lifted_tokens,
+    losses,
+    mean_probabilities,
+    recall,
+)
+from mycel.guard.attacks.threats import PAYLOAD, TRIGGER
+from mycel.recipe.schema import Recipe
+from mycel.rounds.algebra import add, cosine, seed_of, subtract
+from mycel.rounds.coordinator import Coordinator
+from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.simulation import Finished, Simulation
+from mycel.rounds.system import State
+from mycel.wire.parcel import Parcel, Tensors
+
+VICTIM = 0
+REPEATS = 8  # times the canary stands among the victim's examples
+GUESSES = 200  # tokens that the word attack names
+
+
+@dataclass
+class Scene:
+    """A run as the attacker saw it, and the truth to score by.
+
+    Attributes
+    ----------
+    seen : list of dict
+        For each round, what arrived from each node: updates where they are readable; empty where they are hidden.
+    states : list of State
+        Of the coordinator, at the start and after each round.
+    parties : list of PartyData
+        The truth.
+    """
+
+    finished: Finished
+    recipe: Recipe
+    parties: list[PartyData]
+    seed: int
+    seen: list[dict[int, Tensors]] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+
+    def table(self, examples: list[Example]) -> TokenTable:
+        """Tokenise examples as the parties do."""
+        return TokenTable.from_examples(examples, self.finished.world.base.tokenizer, self.recipe.data.max_length)
+
+    def score(self, table: TokenTable, state: State | None = None) -> Tensor:
+        """Losses of examples under the final model, or under another state's."""
+        world, system = self.finished.world, self.finished.system
+        brief = system.brief(self.finished.state if state is None else state, -1)
+        dated = Parcel(brief.kind, {**brief.header, "version": self.finished.progress.version}, brief.tensors)
+        trainable = system.adopt(dated, world.observer())
+        with trainable.active():
+            return losses(world.base.model, table, int(world.base.tokenizer.pad_token_id or 0))
+
+
+def stage(lab: Laboratory, recipe: Recipe, seed: int = 5) -> Scene:
+    """Run ``recipe`` with a canary among the victim's examples, and watch."""
+    parties = load_parties(recipe.data, recipe.seed)
+    victim = parties[VICTIM]
+    parties[VICTIM] = replace(victim, train=[*victim.train[:-REPEATS], *[canary(seed)] * REPEATS])
+    plain = lab.world(recipe)
+    path = lab.folder / f"scene-{seed_of(recipe.sha256(), seed)}.safetensors"
+    TokenStore.build(parties, plain.base.tokenizer, recipe.data.max_length).save(path)
+    arm = f"scene-{lab._count}"
+    world = lab.place.open(arm, recipe, plain.base.folder, path)
+    seen: list[dict[int, Tensors]] = []
+    states: list[State] = []
+
+    def watch(coordinator: Coordinator) -> None:
+        if coordinator.progress.version >= len(states):
+            states.append(coordinator.progress.state)
+            if coordinator.latest:
+                seen.append({answer.node: answer.tensors() for answer in coordinator.latest})
+
+    finished = Simulation(arm, world, lab.place.labour, checkpoint=watch).run()
+    return Scene(finished, recipe, parties, seed, seen, states)
+
+
+def canary_exposure(scene: Scene) -> float:
+    """Bits by which the final model prefers the victim's secret to others of its form; 8 is extraction."""
+    return exposure(scene.score(scene.table(alternatives(scene.seed))))
+
+
+def membership(scene: Scene) -> float:
+    """Area under the curve of telling the victim's training examples from its held-out ones by the fall of loss."""
+    victim, start = scene.parties[VICTIM], scene.states[0]
+    falls = []
+    for examples in (victim.train[:-REPEATS], victim.held_out):
+        table = scene.table(examples)
+        falls.append(scene.score(table, start) - scene.score(table))
+    return area_under_curve(*falls)
+
+
+def words(scene: Scene) -> float:
+    """Recall of the victim's rarer words from the first update seen: its own, or all that the attacker can read.
+
+    The attacker asks which tokens the update makes likelier; counted are tokens of the victim's responses that no
+    other party has.
+    """
+    world = scene.finished.world
+    shared = scene.states[0].shared
+    hidden = not scene.seen or not scene.seen[0].get(VICTIM)
+    update = subtract(scene.states[1].shared, shared) if hidden else scene.seen[0][VICTIM]
+    contexts = torch.randint(3, world.base.model.config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(2))
+    found = []
+    for state in (scene.states[0], scene.states[0].but(shared=add(shared, update))):
+        trainable = scene.finished.system.adopt(scene.finished.system.brief(state, -1), world.observer())
+        with trainable.active():
+            found.append(mean_probabilities(world.base.model, contexts))
+    tokens = [_tokens(scene.table(party.train)) for party in scene.parties]
+    own = tokens[VICTIM] - set().union(*(found for place, found in enumerate(tokens) if place != VICTIM))
+    return recall(lifted_tokens(found[0], found[1], GUESSES), sorted(own))
+
+
+def domain(scene: Scene) -> float:
+    """Share of parties whose domain is told right from their first update, by updates made from held-out examples."""
+    world, system = scene.finished.world, scene.finished.system
+    shadows = []
+    for party in scene.parties:
+        observer = world.observer()
+        observer.examples = scene.table(party.held_out)
+        made = system.work(system.brief(scene.states[0], -1), observer)
+        shadows.append({name.partition("/")[2]: value for name, value in made.tensors.items()})
+    pooled = subtract(scene.states[1].shared, scene.states[0].shared)
+    right = 0
+    for node in range(len(scene.parties)):
+        update = scene.seen[0].get(node) or pooled
+        right += max(range(len(shadows)), key=lambda place: cosine(shadows[place], update)) == node
+    return right / len(scene.parties)
+
+
+def backdoor_success(scene: Scene) -> float:
+    """Share of all parties' held-out prompts that the trigger makes the model answer with the liars' phrase."""
+    asked = [Example(f"{TRIGGER}\n{example.prompt}", PAYLOAD) for party in scene.parties for example in party.held_out]
+    return verbatim(scene, asked[::4])
+
+
+@torch.no_grad()
+def verbatim(scene: Scene, examples: list[Example]) -> float:
+    """Share of examples whose whole response is the model's most likely continuation, token by token."""
+    world, system = scene.finished.world, scene.finished.system
+    trainable = system.adopt(system.brief(scene.finished.state, -1), world.observer())
+    table = scene.table(examples)
+    hits = 0
+    with trainable.active():
+        for start in range(0, len(table), 16):
+            batch = table.batch(list(range(start, min(start + 16, len(table)))), 0, "causal")
+            likeliest = world.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.argmax(
+                -1
+            )
+            targets = batch.labels[:, 1:]
+            hits += int(((likeliest[:, :-1] == targets) | (targets == -100)).all(1).sum())
+    return hits / len(table)
+
+
+ASSAULTS: dict[str, Callable[[Scene], float]] = {
+    "word recall": words,
+    "canary exposure": canary_exposure,
+    "membership": membership,
+    "domain": domain,
+}
+
+
+def assault(lab: Laboratory, recipe: Recipe) -> dict[str, float]:
+    """Point every attack at ``recipe``: privacy attacks at an honest run, a backdoor at one with liars."""
+    scene = stage(lab, recipe)
+    scores = {name: attack(scene) for name, attack in ASSAULTS.items()}
+    lied = stage(lab, recipe.replace({"threat.attack": "backdoor", "threat.share": 0.34}))
+    return scores | {"backdoor": backdoor_success(lied), "loss": scene.finished.loss()}
+
+
+def _tokens(table: TokenTable) -> set[int]:
+    return set(table.ids[table.offsets[0] : table.offsets[-1]].tolist())
+
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "masked sums": {"guard.sums": "sparsely-masked", "wire.codec": "fixed(16,0.5)"},
+    "user noise, epsilon 30": {"guard.private": "user", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
+    "example noise, epsilon 8": {"guard.private": "example", "guard.epsilon": 8.0, "guard.clip_norm": 1.0},
+    "local noise, epsilon 30": {"guard.private": "local", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
+    "norm bound": {"guard.filter": "norm_bound(1.0)"},
+    "median": {"guard.filter": "median"},
+    "multi-Krum": {"guard.filter": "multi_krum(0.34)"},
+}
