@@ -91,7 +91,7 @@ class Cut:
                 blocks[index] = Elsewhere(blocks[index])
         wanted = parts.end_weights(embed, head)
         wanted += [name for index in range(first, last) for name in parts.block_weights(index)]
-        _fill(model, parts, shards, {name: _source(sources, parts, name, folder) for name in wanted}, dtype)
+        fill(model, parts, shards, {name: source_of(sources, parts, name, folder) for name in wanted}, dtype)
         return cls(model, parts, first, last, embed, head)
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -223,14 +223,16 @@ def _positions(like: Tensor, positions_BT: Tensor | None, past: int) -> dict[str
     return {"position_ids": positions_BT}
 
 
-def _source(sources: dict[str, str], parts: Anatomy, name: str, folder: Path) -> str:
+def source_of(sources: dict[str, str], parts: Anatomy, name: str, folder: Path) -> str:
+    """Return the checkpoint's name of a weight, under whichever of its tied names; ``ModelError`` when it has none."""
     found = next((sources[alias] for alias in parts.weights[name] if alias in sources), None)
     if found is None:
         raise ModelError(f"the base in {folder} lacks the weight {name!r}: fetch or save it again")
     return found
 
 
-def _fill(model: PreTrainedModel, parts: Anatomy, shards: Shards, sources: dict[str, str], dtype: torch.dtype) -> None:
+def fill(model: PreTrainedModel, parts: Anatomy, shards: Shards, sources: dict[str, str], dtype: torch.dtype) -> None:
+    """Read weights into a model, ``sources`` giving the checkpoint's name of each."""
     tensors = shards.load(set(sources.values()), dtype)
     for name, source in sources.items():
         parameter = nn.Parameter(tensors[source], requires_grad=False)
