@@ -247,3 +247,16 @@ def _until(holds: Any, patience: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < ends, "it did not come about"
         time.sleep(0.02)
+
+
+def test_a_remote_server_is_handed_on_to_behind_keys_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYCEL_REMOTE_KEY", KEY)
+    with server("any", "--engine", "vllm", "--remote", place.address, "--api-key", "other") as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0) as client:
+            asked: dict[str, Any] = {"model": "micro", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+            pieces = list(client.completions.create(**asked, stream=True))
+            assert "".join(piece.choices[0].text for piece in pieces) == greedy_text(place.base, PROMPT, 12)
+            with pytest.raises(openai.NotFoundError, match="not served"):
+                client.completions.create(**{**asked, "model": "none"})
+        with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as wrong:
+            wrong.models.list()

@@ -29,13 +29,15 @@ def serve_command(
     """Open the model and serve it until interrupted."""
     need("starlette", "uvicorn", "prometheus_client", extra="serve")
     keys = [*place.keys, *filter(None, os.environ.get("MYCEL_API_KEYS", "").split(","))]
-    named = _named(adapters)
+    named = named_folders(adapters)
     size = size_in_bytes("--memory", memory)
     messages = Console(stderr=True)
     if engine == "vllm":
         from mycel.door.remote import serve_remote
 
-        serve_remote(remote, place.host, place.port, keys, lambda address: messages.print(f"{remote} at {address}/v1"))
+        key = os.environ.get("MYCEL_REMOTE_KEY", "")
+        told = lambda address: messages.print(f"{remote} at {address}/v1")  # noqa: E731
+        serve_remote(remote, place.host, place.port, keys, key, told)
         return
     with messages.status("loading libraries") as status:
         from mycel.door.run import serve
@@ -65,7 +67,8 @@ def size_in_bytes(name: str, text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def _named(adapters: list[str]) -> dict[str, str]:
+def named_folders(adapters: list[str]) -> dict[str, str]:
+    """Read ``NAME=FOLDER`` pairs."""
     named = {}
     for adapter in adapters:
         name, separator, folder = adapter.partition("=")

@@ -21,17 +21,14 @@ class Choice:
     echo: str = ""
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    reason: str | None = None
 
     def take(self, token: Token) -> None:
         """Add a token."""
         self.text.append(token.text)
+        self.reason = token.reason
         if token.id >= 0:
             self.tokens.append(token)
-
-    @property
-    def reason(self) -> str | None:
-        """Why it ended."""
-        return self.tokens[-1].reason if self.tokens else None
 
 
 class Writer:

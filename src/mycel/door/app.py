@@ -84,12 +84,12 @@ class Door:
             raise Refused(401, "this server needs a key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
     async def _completions(self, http: HttpRequest) -> Response:
-        body = parse(CompletionBody, await _read(http))
+        body = parse(CompletionBody, await read_body(http))
         adapter = await self.served.adapter_of(body.model)
         return await self._serve(http, completion_work(self.served, body, adapter), body)
 
     async def _chat(self, http: HttpRequest) -> Response:
-        body = parse(ChatBody, await _read(http))
+        body = parse(ChatBody, await read_body(http))
         adapter = await self.served.adapter_of(body.model)
         return await self._serve(http, chat_work(self.served, body, adapter), body)
 
@@ -129,7 +129,7 @@ def refusal(status: int, message: str, field: str | None = None, code: str | Non
     return Response(content, status, media_type="application/json")
 
 
-async def _read(http: HttpRequest) -> bytes:
+async def read_body(http: HttpRequest) -> bytes:
     """Read a body, up to the limit, and no byte further."""
     length = http.headers.get("content-length", "0")
     if length.isdigit() and int(length) > MOST_BODY:

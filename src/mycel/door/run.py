@@ -6,23 +6,22 @@ import socket
 from collections.abc import Callable, Sequence
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mycel.door.app import Door
 from mycel.errors import EngineError
 from mycel.generation.served import Served
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-
 
 def serve(
     served: Served, host: str, port: int, keys: Sequence[str] = (), ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serve until interrupted.
+    """Serve a model until interrupted.
 
     Parameters
     ----------
     served : Served
-        What answers.
+        What answers; closed at the end.
     host, port
         Where to listen; port 0 takes a free one.
     keys : sequence of str
@@ -35,6 +34,14 @@ def serve(
     EngineError
         When the port cannot be had.
     """
+    try:
+        listen(Door(served, keys).app, host, port, ready)
+    finally:
+        served.backend.close()
+
+
+def listen(app: ASGIApp, host: str, port: int, ready: Callable[[str], None] | None = None) -> None:
+    """Serve an application until interrupted."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,12 +49,11 @@ def serve(
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise EngineError(
-            f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port"
-        ) from error
+        sentence = f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port"
+        raise EngineError(sentence) from error
     listener.listen(1024)
     config = uvicorn.Config(
-        Door(served, keys).app,
+        app,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -60,4 +66,3 @@ def serve(
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
-        served.backend.close()

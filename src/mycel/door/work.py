@@ -19,7 +19,7 @@ from mycel.door.metrics import Metrics
 from mycel.door.schema import ChatBody, CompletionBody, Refused
 from mycel.generation.request import Request, Token
 from mycel.generation.served import Served
-from mycel.generation.service import Spans
+from mycel.generation.streaming import Spans
 
 Result = TypeVar("Result")
 

@@ -99,13 +99,17 @@ class Engine:
         self.executor, self.tokenizer, self.drafter, self.clock = executor, tokenizer, drafter, clock
         self.limits = limits or Limits()
         self.policy = policy or FirstComeFirstServed()
-        pages = max(1, self.limits.memory // (executor.position_bytes * self.limits.page))
-        executor.reserve(pages, self.limits.page)
+        page = self.limits.page
+        if executor.position_bytes:
+            pages = max(1, self.limits.memory // (executor.position_bytes * page))
+        else:  # elsewhere there is room for whatever is under way; pages only count it
+            pages = self.limits.jobs * -(-executor.context // page)
+        executor.reserve(pages, page)
         # Only pages of this process can be shared between sequences or moved aside.
-        self.pool = PagePool(pages, self.limits.page, self.limits.share and executor.memory is not None)
+        self.pool = PagePool(pages, page, self.limits.share and executor.memory is not None)
         self.aside = Aside(self.limits.aside)
         self.counts = Counts()
-        self.context = min(executor.context, pages * self.limits.page)
+        self.context = min(executor.context, pages * page)
         self._active: dict[int, Sequence] = {}
         self._memory: Hashable = None
         self._next = 0

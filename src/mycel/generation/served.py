@@ -17,8 +17,9 @@ from mycel.generation.engine import Engine, Limits
 from mycel.generation.executor import Whole
 from mycel.generation.request import Request, Token
 from mycel.generation.scheduler import Policy
-from mycel.generation.service import Service, Spans
+from mycel.generation.service import Service
 from mycel.generation.speculation import Drafter
+from mycel.generation.streaming import Spans
 from mycel.models.adapter import CONFIG, find_adapter
 from mycel.models.base import Progress, find_base, open_base
 from mycel.models.save import ADAPTER_FOLDER, BASE_FOLDER

@@ -1,34 +1,21 @@
-"""The engine on a thread of its own, for callers on an event loop: each request is a stream of tokens."""
+"""The engine on a thread of its own, for callers on an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from mycel.errors import BusyError, GenerationError
 from mycel.generation.engine import Engine
-from mycel.generation.request import Request, Token
-
-IDLE = 60.0  # seconds after which a thread without work looks up by itself
-
-
-@dataclass
-class Spans:
-    """Moments of one request on the monotonic clock, in seconds: submitted, first token, last token."""
-
-    submitted: float = field(default_factory=time.monotonic)
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
+from mycel.generation.request import Request
+from mycel.generation.sequence import Listener
+from mycel.generation.streaming import Streamer
 
 
-class Service:
+class Service(Streamer):
     """Serves an engine to an event loop.
 
     Parameters
@@ -40,62 +27,22 @@ class Service:
     """
 
     def __init__(self, engine: Engine, most: int = 256) -> None:
-        self.engine, self.most = engine, most
-        self.context, self.vocabulary = engine.context, engine.executor.vocabulary
-        self.unfinished = 0
-        self.rate = 0.0  # requests a second, lately
-        self.failure = ""
+        super().__init__(engine.executor.vocabulary, engine.context, most)
+        self.engine = engine
         self._commands: deque[Callable[[], Any]] = deque()
         self._wake = threading.Event()
-        self._stop = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[Token]:
-        """Yield a request's tokens as they come; leaving the iteration early cancels the request.
+    async def begin(self, request: Request, listener: Listener) -> int:
+        """Give a request to the engine; return its identity there."""
+        identity: int = await self.call(lambda: self.engine.submit(request, listener))
+        return identity
 
-        Raises
-        ------
-        BusyError
-            When as many requests as allowed are unfinished.
-        GenerationError
-            When the request is impossible, or the engine failed while it was under way.
-        """
-        self.engine.check(request)
-        if self.unfinished >= self.most:
-            raise BusyError(f"{self.unfinished} requests are under way", self.patience())
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Token] = asyncio.Queue()
-        spans = spans or Spans()
-        identity: list[int] = []
-
-        def listener(token: Token) -> None:
-            with suppress(RuntimeError):  # the loop may have closed while the last tokens came
-                loop.call_soon_threadsafe(arrived.put_nowait, token)
-
-        self.unfinished += 1
-        submitted = self.call(lambda: identity.append(self.engine.submit(request, listener)))
-        ended = False
-        try:
-            await submitted
-            while not ended:
-                token = await arrived.get()
-                ended = token.reason is not None
-                spans.last = time.monotonic()
-                spans.first = spans.first or spans.last
-                spans.tokens += token.id >= 0
-                if token.reason == "error":
-                    raise GenerationError(f"the engine failed and gave the request up: {self.failure}")
-                yield token
-        finally:
-            self.unfinished -= 1
-            self._pace(spans)
-            if not ended:
-                self._do(lambda: self.engine.cancel(identity[0] if identity else 0))
-
-    def patience(self) -> int:
-        """Return after how many whole seconds a refused caller may try again: when a place should be free."""
-        return max(1, min(60, round(1 / self.rate))) if self.rate > 0 else 1
+    def abandon(self, started: int) -> None:
+        """Cancel a request between two iterations."""
+        self._do(lambda: self.engine.cancel(started))
 
     async def call(self, action: Callable[[], Any]) -> Any:
         """Run ``action`` on the engine's thread, between two iterations, and return its result."""
@@ -103,10 +50,11 @@ class Service:
         done: asyncio.Future[Any] = loop.create_future()
 
         def command() -> None:
+            found, error = None, None
             try:
-                found, error = action(), None
+                found = action()
             except Exception as raised:  # handed to the caller, whatever it is
-                found, error = None, raised
+                error = raised
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, done, found, error)
 
@@ -115,7 +63,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the thread and end what is under way."""
-        self._stop = True
+        self._stopping = True
         self._wake.set()
         self._thread.join()
         self.engine.fail_all()
@@ -126,7 +74,7 @@ class Service:
         self._wake.set()
 
     def _work(self) -> None:
-        while not self._stop:
+        while not self._stopping:
             self._wake.clear()
             while self._commands:
                 self._commands.popleft()()
@@ -135,13 +83,9 @@ class Service:
             except Exception as error:  # one bad iteration must not end the service
                 self.failure = f"{type(error).__name__}: {error}"[:300]
                 self.engine.fail_all()
-                busy = False
-            if not busy and not self._commands:
-                self._wake.wait(IDLE)
-
-    def _pace(self, spans: Spans) -> None:
-        seconds = max(time.monotonic() - spans.submitted, 1e-3)
-        self.rate = 0.9 * self.rate + 0.1 * (self.unfinished + 1) / seconds if self.rate else 1 / seconds
+                busy = True
+            if not busy:
+                self._wake.wait()
 
 
 def _settle(done: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
