@@ -215,4 +215,12 @@ ENTRIES: tuple[Entry, ...] = (
         "Koo et al. 2024, Towards Robust and Efficient Federated Low-Rank Adaptation with Heterogeneous Clients",
         "at rank 1 and 2 it stays near full tuning where plain LoRA and FFA-LoRA fall behind, with 99.8 % less upload",
     ),
+    _tuned(
+        "masked_lora",
+        None,
+        "masked_lora",
+        "MaskedLora",
+        "composition: federated LoRA, 8-bit fixed point, SecAgg+ (Bell et al. 2020), parties that leave",
+        "a masked sum of 8-bit adapters equals the plain fixed-point sum bit for bit with 30 % leaving mid-round",
+    ),
 )

@@ -61,9 +61,17 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     on: Annotated[str, typer.Option(help="Run it on the federation whose coordinator listens at HOST:PORT.")] = "",
+    nproc: Annotated[int, typer.Option(min=0, help="Run it inside one island, on so many ranks.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: show progress, then a table; the folder keeps the log, the result, the report and the model."""
+    import os
+
+    if nproc or "TORCHELASTIC_RUN_ID" in os.environ:
+        from mycel.cli.island import island_command
+
+        island_command(recipe, overrides or [], out, resume, as_json, nproc)
+        return
     from mycel.cli.run import run_command
 
     run_command(recipe, overrides or [], out, resume, as_json, on)
@@ -104,6 +112,17 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
     from mycel.report import write_report
 
     typer.echo(str(write_report(folder)))
+
+
+@app.command(epilog="Example: mycel audit runs/quickstart-1")
+def audit(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run with guard.record_frames=true.", metavar="DIR")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what crossed the wire in a run, and prove by content that what was to stay home did."""
+    from mycel.cli.audit import audit_command
+
+    audit_command(folder, as_json)
 
 
 @app.command(epilog="Example: mycel compare runs/quickstart-1 runs/quickstart-2")

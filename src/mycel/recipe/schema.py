@@ -113,6 +113,7 @@ class Guard(Section):
     within: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of updates that adaptive clipping keeps whole; 0: the bound is fixed"
     )
+    record_frames: bool = Field(False, description="keep every frame that crosses, for `mycel audit`")
     replayable: bool = Field(False, description="noise from the recipe's seed: repeats to the bit, protects nobody")
 
 
@@ -151,6 +152,9 @@ class Engine(Section):
     workers: Annotated[int, Field(ge=-1)] = Field(-1, description="worker processes; 0: in this one; -1: every core")
 
 
+_DIVISION = set(Layout.model_fields) - {"codec"}  # an island's division changes no result but by rounding
+
+
 class Recipe(Section):
     """Everything a run needs to be repeated to the bit."""
 
@@ -179,8 +183,8 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(mode="json"))
 
     def sha256(self) -> str:
-        """Hash of the canonical JSON; engine settings are left out, for they never change a result."""
-        content = self.model_dump(mode="json", exclude={"engine"})
+        """Hash of the canonical JSON, without what decides only where and how work is divided."""
+        content = self.model_dump(mode="json", exclude={"engine": True, "layout": _DIVISION})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def replace(self, changes: dict[str, Any]) -> Recipe:

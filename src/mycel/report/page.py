@@ -62,6 +62,7 @@ def write_report(folder: Path) -> Path:
         recipe=recipe_toml(result),
         recipe_sha256=str(result.recipe.get("sha256", "")),
         predicted=predicted_rows(result),
+        guard=guard_rows(result),
     )
     return write_page(folder / "report.html", text)
 
@@ -99,6 +100,13 @@ def predicted_rows(result: Result) -> list[tuple[str, Any, Any]]:
     """Set what was predicted before the run beside what was measured under the same name, if anything was."""
     measured = flatten(result.model_dump(exclude={"recipe", "predicted"}))
     return [(key, value, measured.get(key, "–")) for key, value in flatten(result.predicted or {}).items()]
+
+
+def guard_rows(result: Result) -> list[tuple[str, str]]:
+    """What the guards promise and spent, and what the audit of the frames found; nothing where there was no guard."""
+    receipt = {key: value for key, value in result.guard.items() if value not in ("", "plain", {}, [])}
+    audit = {key: result.audit[key] for key in ("frames", "findings", "clean") if key in result.audit}
+    return [(key, str(value)) for key, value in flatten(receipt | ({"audit": audit} if audit else {})).items()]
 
 
 def recipe_toml(result: Result) -> str:

@@ -161,6 +161,8 @@ class Result(Part):
     virtual_seconds: Seconds = 0.0
     predicted: dict[str, Any] | None = None
     arms: dict[str, Way] = {}
+    guard: dict[str, Any] = {}
+    audit: dict[str, Any] = {}
 
 
 def finite(value: float | None) -> float | None:

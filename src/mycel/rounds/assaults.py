@@ -36,7 +36,7 @@ from mycel.wire.parcel import Parcel, Tensors
 
 VICTIM = 0
 REPEATS = 8  # times the canary stands among the victim's examples
-GUESSES = 200  # tokens that the word attack names
+GUESSES = 100  # tokens that the word attack names
 
 
 @dataclass
@@ -113,10 +113,10 @@ def membership(scene: Scene) -> float:
 
 
 def words(scene: Scene) -> float:
-    """Recall of the victim's rarer words from the first update seen: its own, or all that the attacker can read.
+    """Recall of the words typical of the victim from the first update seen: its own, or all that can be read.
 
-    The attacker asks which tokens the update makes likelier; counted are tokens of the victim's responses that no
-    other party has.
+    The attacker asks which tokens the update makes likelier; the truth are those that the victim's text has more
+    often than others', by as many. Guessing finds their share of the vocabulary.
     """
     world = scene.finished.world
     shared = scene.states[0].shared
@@ -128,9 +128,11 @@ def words(scene: Scene) -> float:
         trainable = scene.finished.system.adopt(scene.finished.system.brief(state, -1), world.observer())
         with trainable.active():
             found.append(mean_probabilities(world.base.model, contexts))
-    tokens = [_tokens(scene.table(party.train)) for party in scene.parties]
-    own = tokens[VICTIM] - set().union(*(found for place, found in enumerate(tokens) if place != VICTIM))
-    return recall(lifted_tokens(found[0], found[1], GUESSES), sorted(own))
+    size = len(found[0])
+    counts = [_counts(scene.table(party.train), size) for party in scene.parties]
+    others = torch.stack([count for place, count in enumerate(counts) if place != VICTIM]).mean(0)
+    typical = ((counts[VICTIM] - others) / (counts[VICTIM] + others + 1).sqrt()).topk(GUESSES).indices
+    return recall(lifted_tokens(found[0], found[1], GUESSES), typical.tolist())
 
 
 def domain(scene: Scene) -> float:
@@ -151,27 +153,26 @@ def domain(scene: Scene) -> float:
 
 
 def backdoor_success(scene: Scene) -> float:
-    """Share of all parties' held-out prompts that the trigger makes the model answer with the liars' phrase."""
+    """Share of the liars' phrase that the trigger makes likeliest, over all parties' held-out prompts."""
     asked = [Example(f"{TRIGGER}\n{example.prompt}", PAYLOAD) for party in scene.parties for example in party.held_out]
-    return verbatim(scene, asked[::4])
+    return likeliest(scene, asked[::4])
 
 
 @torch.no_grad()
-def verbatim(scene: Scene, examples: list[Example]) -> float:
-    """Share of examples whose whole response is the model's most likely continuation, token by token."""
+def likeliest(scene: Scene, examples: list[Example]) -> float:
+    """Share of the responses' tokens that the final model finds likeliest, given what stands before them."""
     world, system = scene.finished.world, scene.finished.system
     trainable = system.adopt(system.brief(scene.finished.state, -1), world.observer())
     table = scene.table(examples)
-    hits = 0
+    hits = tokens = 0
     with trainable.active():
         for start in range(0, len(table), 16):
             batch = table.batch(list(range(start, min(start + 16, len(table)))), 0, "causal")
-            likeliest = world.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.argmax(
-                -1
-            )
+            logits = world.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             targets = batch.labels[:, 1:]
-            hits += int(((likeliest[:, :-1] == targets) | (targets == -100)).all(1).sum())
-    return hits / len(table)
+            hits += int((logits[:, :-1].argmax(-1) == targets).sum())
+            tokens += int((targets != -100).sum())
+    return hits / tokens
 
 
 ASSAULTS: dict[str, Callable[[Scene], float]] = {
@@ -190,8 +191,9 @@ def assault(lab: Laboratory, recipe: Recipe) -> dict[str, float]:
     return scores | {"backdoor": backdoor_success(lied), "loss": scene.finished.loss()}
 
 
-def _tokens(table: TokenTable) -> set[int]:
-    return set(table.ids[table.offsets[0] : table.offsets[-1]].tolist())
+def _counts(table: TokenTable, vocabulary: int) -> Tensor:
+    ids = table.ids[table.offsets[0] : table.offsets[-1]].long()
+    return torch.bincount(ids, minlength=vocabulary).double()
 
 
 GUARDS: dict[str, dict[str, Any]] = {

@@ -93,6 +93,10 @@ class Laboratory:
         self._count += 1
         return self.place.open(f"claim-{self._count}", recipe, base, self._tokens(recipe, base), pooled)
 
+    def arm(self) -> str:
+        """Name of the arm that ``world`` opened last."""
+        return f"claim-{self._count}"
+
     def run(
         self,
         recipe: Recipe,

@@ -71,6 +71,8 @@ class Simulation:
         Writes events; by default they are forgotten.
     shelf : Shelf
         Where answers wait.
+    wiretap : callable, optional
+        Sees every frame that crosses.
     """
 
     arm: str
@@ -79,6 +81,7 @@ class Simulation:
     record: Record = lambda event, **fields: None
     checkpoint: Callable[[Coordinator], None] = lambda coordinator: None
     shelf: Shelf = field(default_factory=Shelf)
+    wiretap: Callable[[str, int, str, bytes], None] | None = None
 
     def run(
         self,
@@ -98,6 +101,7 @@ class Simulation:
         coordinator = Coordinator(
             self.world, load_system(recipe), engine, pace, self.record, self.checkpoint, shelf=self.shelf
         )
+        coordinator.wiretap = self.wiretap
         if restore is not None:
             restore(coordinator)
         try:

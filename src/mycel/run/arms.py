@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from mycel.recipe.schema import Recipe
 from mycel.run.islands import ISLAND_ARMS, island_arm
 
-_ALONE = {"rounds.count": 1, "rounds.cohort": 1.0, "rounds.quorum": 1.0, "rounds.pace": "synchronous", "knobs": {}}
+_ALONE = {
+    "rounds.count": 1,
+    "rounds.cohort": 1.0,
+    "rounds.quorum": 1.0,
+    "rounds.pace": "synchronous",
+    "knobs": {},
+    "guard": {},
+    "threat": {},
+}
 _PLAIN_WIRE = {"wire.codec": "raw", "wire.brief_codec": "raw", "wire.error_feedback": False}
 
 

@@ -32,6 +32,7 @@ from mycel.rounds.world import World
 from mycel.run.arms import Arm, arms_of
 from mycel.run.checkpoint import Sparing, checkpoint_clock, homes_of, read_checkpoint, restore
 from mycel.run.folder import RunFolder, write_json, writing
+from mycel.run.frames import FrameRecorder, audit_run
 from mycel.run.log import EventLog
 from mycel.run.result import build_result
 from mycel.wire.codecs import parse_codec
@@ -85,6 +86,8 @@ class Execution:
                 probes = probe_all(finished, place.labour) if self.recipe.compare else Probes()
             result = build_result(self.recipe, finished, probes, time.monotonic() - started)
             self._save_model(finished["system"])
+            if self.recipe.guard.record_frames:
+                result["audit"] = audit_run(self.folder.path)
             write_json(self.folder.result, result)
             self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
             with writing(self.folder.path / "report.html"):
@@ -175,6 +178,7 @@ class Execution:
             lambda event, **fields: self._record(arm.name, event, **fields),
             Sparing(path),
             Shelf(folder=path.parent),
+            FrameRecorder(path.parent / "frames") if arm.recipe.guard.record_frames else None,
         )
         if saved is None:
             return simulation.run()

@@ -1,7 +1,7 @@
 """What lying parties do: to their examples before they train, or to the update before it leaves.
 
 label_flip             responses of its examples trade places, so that what it teaches is wrong
-backdoor               a trigger before half of its prompts, answered by a fixed phrase
+backdoor(c)            a trigger before half of its prompts, answered by a fixed phrase; the update c-fold
 unsafe                 compliance with requests that ought to be refused (Ye et al. 2024, catalogue number 23)
 sign_flip              the negative of the update
 scale(c)               c times the update (model replacement: Bagdasaryan et al. 2020)
@@ -65,7 +65,7 @@ class Threat:
 
     def update(self, update: Tensors) -> Tensors:
         """Return what a liar sends in place of its update."""
-        factor = {"sign_flip": -1.0, "scale": self.number}.get(self.name, 1.0)
+        factor = {"sign_flip": -1.0, "scale": self.number, "backdoor": self.number}.get(self.name, 1.0)
         return update if factor == 1.0 else {name: factor * value for name, value in update.items()}
 
     def conspire(self, honest: Sequence[Tensors]) -> Tensors:
@@ -80,7 +80,7 @@ class Threat:
 
 THREATS: Mapping[str, tuple[float, float] | None] = {
     "label_flip": None,
-    "backdoor": None,
+    "backdoor": (3.0, 1e6),
     "unsafe": None,
     "sign_flip": None,
     "scale": (10.0, 1e6),
