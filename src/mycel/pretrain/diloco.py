@@ -34,7 +34,7 @@ class DiLoCoKnobs(PretrainKnobs):
     """Settings of DiLoCo."""
 
     outer_rate: float = Field(0.7, gt=0, description="step along the mean change")
-    outer_momentum: float = Field(0.9, ge=0, lt=1, description="mu of Nesterov's momentum; 0: plain averaging")
+    outer_momentum: float = Field(0.8, ge=0, lt=1, description="mu of Nesterov's momentum; 0: plain averaging")
     inner: Literal["kept", "fresh"] = Field("kept", description="what becomes of the inner optimiser's memory")
 
 

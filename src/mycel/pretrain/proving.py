@@ -19,7 +19,7 @@ PROVING: dict[str, Any] = {
     "data.max_length": 64,
     "data.pack": True,
     "training.batch_size": 4,
-    "training.learning_rate": 6e-3,
+    "training.learning_rate": 1e-3,
     "training.weight_decay": 0.1,
     "rounds.local_steps": 1,
     "rounds.evaluate_every": 1024,
@@ -29,7 +29,7 @@ PROVING: dict[str, Any] = {
 
 def pretraining(changes: dict[str, Any]) -> dict[str, Any]:
     """Return the changes that make a laboratory's standard recipe one of pre-training."""
-    return {**PROVING, **changes}
+    return {**PROVING, **changes, "knobs": {"fresh": False, **changes.get("knobs", {})}}
 
 
 def training_bytes(finished: Finished) -> int:

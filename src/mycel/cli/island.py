@@ -1,0 +1,34 @@
+"""``mycel run --nproc N``, or under ``torchrun``: the inside of one island."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from mycel.recipe import load_recipe
+
+
+def island_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool, ranks: int) -> None:
+    """Start the ranks of an island, or be one of those that ``torchrun`` started."""
+    recipe = load_recipe(name, overrides)
+    folder = out or Path("runs") / f"{Path(name.partition(':')[0]).stem}-{recipe.seed}"
+    from mycel.run.island import launch, run_island, under_torchrun
+
+    if not under_torchrun():
+        words = ["run", name, *overrides, "--out", str(folder), *(["--resume"] * resume), *(["--json"] * as_json)]
+        raise typer.Exit(launch(recipe, words, ranks))
+    result = run_island(recipe, folder, resume)
+    if result is None:
+        return
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+        return
+    losses, console = result["final"]["mixture"], Console()
+    console.print(
+        f"{result['ranks']} ranks: held-out loss from {losses['base']:.3f} to {losses['federated']:.3f} in "
+        f"{recipe.rounds.count} steps; median step {result['step_seconds'] or 0:.3f} s, "
+        f"{result['bytes']['up'] / 1e6:.1f} MB sent by rank 0\nrun folder  {folder}\nmodel       {folder / 'model'}"
+    )

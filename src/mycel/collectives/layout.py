@@ -1,0 +1,99 @@
+"""How the ranks of an island divide a model and its batches, and which divisions are possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mycel.errors import RecipeError
+from mycel.recipe.schema import Layout
+
+AXES = ("pipeline", "data", "sequence", "tensor")  # from the slowest link to the fastest: neighbours share tensors
+
+
+def ranks_of(layout: Layout) -> int:
+    """Processes that a layout takes."""
+    return layout.data * layout.tensor * layout.pipeline * layout.sequence
+
+
+def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, length: int) -> None:
+    """Refuse a layout that does not divide the ranks, the model, the batch or the rows.
+
+    Parameters
+    ----------
+    config : transformers configuration
+        Of the model that is laid out.
+    batch_size, length : int
+        Rows of a step over all ranks, and tokens of a row.
+
+    Raises
+    ------
+    RecipeError
+        One sentence that names the degree at fault and a value that would do.
+    """
+    named = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
+    if ranks_of(layout) != ranks:
+        raise RecipeError(
+            f"layout has {named}, which makes {ranks_of(layout)} ranks, and there are {ranks}: "
+            f"run with --nproc {ranks_of(layout)}, or change a degree"
+        )
+    heads = min(config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads))
+    divided = {
+        "tensor": (heads, "attention heads of keys and values"),
+        "sequence": (length, "tokens of a row (data.max_length)"),
+        "data": (batch_size, "rows of a step (training.batch_size)"),
+    }
+    for axis, (whole, what) in divided.items():
+        degree = getattr(layout, axis)
+        if whole % degree:
+            near = max(number for number in range(1, degree) if whole % number == 0)
+            raise RecipeError(f"layout.{axis} is {degree}, which does not divide the {whole} {what}: try {near}")
+    if config.intermediate_size % layout.tensor:
+        raise RecipeError(
+            f"layout.tensor is {layout.tensor}, which does not divide the {config.intermediate_size} columns of the "
+            "feed-forward part: try a divisor of it"
+        )
+    if layout.pipeline > config.num_hidden_layers:
+        raise RecipeError(
+            f"layout.pipeline is {layout.pipeline}, and the model has {config.num_hidden_layers} blocks: "
+            f"try {config.num_hidden_layers} or less"
+        )
+    rows = batch_size // layout.data
+    if rows % layout.micro_batches:
+        raise RecipeError(
+            f"layout.micro_batches is {layout.micro_batches}, which does not divide the {rows} rows that a data rank "
+            "has of a step: try 1"
+        )
+    if layout.micro_batches < layout.pipeline and layout.schedule == "1f1b":
+        raise RecipeError(
+            f"layout.micro_batches is {layout.micro_batches}, fewer than the {layout.pipeline} stages that "
+            f'the schedule 1f1b keeps busy: try {layout.pipeline}, or schedule = "gpipe"'
+        )
+
+
+def layouts(ranks: int, config: Any, batch_size: int, length: int, micro_batches: int = 1) -> Iterator[Layout]:
+    """Every layout that divides so many ranks and this model, the plainest first."""
+    for pipeline in _divisors(ranks):
+        for tensor in _divisors(ranks // pipeline):
+            for sequence in _divisors(ranks // pipeline // tensor):
+                data = ranks // pipeline // tensor // sequence
+                made = micro_batches if pipeline > 1 else 1
+                layout = Layout(data=data, tensor=tensor, pipeline=pipeline, sequence=sequence, micro_batches=made)
+                try:
+                    check_layout(layout, ranks, config, batch_size, length)
+                except RecipeError:
+                    continue
+                yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def stage_blocks(blocks: int, stages: int, shares: list[int] | None = None) -> list[range]:
+    """Which blocks each stage holds: as equal as they come, the first stages one more, or by given ``shares``."""
+    counts = shares or [blocks // stages + (stage < blocks % stages) for stage in range(stages)]
+    if len(counts) != stages or sum(counts) != blocks or min(counts) < 1:
+        raise RecipeError(f"layout.blocks is {counts}: {stages} numbers above zero that add up to {blocks} are needed")
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

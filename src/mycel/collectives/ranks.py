@@ -1,0 +1,81 @@
+"""The process group of an island and its meshes: who is next to whom on which axis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mycel.collectives.layout import AXES
+from mycel.errors import EngineError
+from mycel.recipe.schema import Layout
+
+PATIENCE = timedelta(minutes=5)  # of a collective whose other ranks are still at work
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's view of an island.
+
+    Attributes
+    ----------
+    mesh : DeviceMesh
+        Over the axes of ``AXES``; an axis of one rank is there too.
+    replicas : DeviceMesh
+        Ranks over which gradients are averaged: those that see other rows or other tokens.
+    device : torch.device
+        Where this rank computes.
+    """
+
+    layout: Layout
+    mesh: DeviceMesh
+    replicas: DeviceMesh
+    device: torch.device
+
+    def place(self, axis: str) -> int:
+        """This rank's place along an axis."""
+        return int(self.mesh.get_local_rank(axis))
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks along an axis through this one."""
+        return self.mesh.get_group(axis)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0 of the island."""
+        return dist.get_rank() == 0
+
+
+@contextmanager
+def island(layout: Layout) -> Iterator[Ranks]:
+    """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
+
+    Raises
+    ------
+    EngineError
+        The environment describes no process group.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise EngineError(f"the environment has no {missing[0]}: start ranks with `mycel run --nproc N` or torchrun")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield make_ranks(layout, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_ranks(layout: Layout, device: torch.device) -> Ranks:
+    """Lay the meshes over all ranks of a process group that has been joined."""
+    mesh = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in AXES), mesh_dim_names=AXES)
+    return Ranks(layout, mesh, mesh["data", "sequence"]._flatten("replicas"), device)

@@ -1,0 +1,162 @@
+"""Checkpoints of an island: every rank writes its own shard while training goes on, and any layout reads them.
+
+`torch.distributed.checkpoint` writes and reshards; the files are safetensors. A manifest with every file's hash,
+written last, makes a checkpoint whole: what was torn by a kill has none and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from mycel.errors import RunError
+
+MANIFEST = "checkpoint.json"
+KEPT = 2  # whole checkpoints that stay; an older one is removed
+
+
+def state_of(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and what the optimiser remembers of them, sharded as they are, by whole-model names."""
+    state: dict[str, Tensor] = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        for moment, value in optimizer.state[weight].items():
+            if isinstance(value, Tensor):
+                # A scalar has no place in a sharded file: it travels as a vector of one.
+                state[f"{moment}.{name}"] = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+    return state
+
+
+def prime(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimiser that has made no step the empty memory of one that has, for a checkpoint to fill."""
+    kept = [group["lr"] for group in optimizer.param_groups]
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+    for group, rate in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"] = rate
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run: ``folder/step-N``.
+
+    Parameters
+    ----------
+    recipe_sha256 : str
+        Of the training; the layout may differ from one run to the next.
+    """
+
+    folder: Path
+    recipe_sha256: str
+    _waiting: tuple[int, Any] | None = None
+    _own_group: Any = None
+
+    def __post_init__(self) -> None:
+        # Writing goes on beside training: on training's own group their messages would be taken for one another.
+        self._own_group = dist.new_group(backend="gloo")
+
+    def save(self, step: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write the checkpoint of ``step``; returns once the values are copied. All ranks call it."""
+        self.finish()
+        place = self.folder / f"step-{step:08}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+        dist.barrier()
+        writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            handle = dcp.async_save(state_of(weights, optimizer), storage_writer=writer, process_group=self._own_group)
+        self._waiting = step, handle
+
+    def finish(self) -> None:
+        """Wait for what is being written, and seal it."""
+        if self._waiting is None:
+            return
+        step, handle = self._waiting
+        handle.result()
+        self._waiting = None
+        if dist.get_rank() == 0:
+            place = self.folder / f"step-{step:08}"
+            hashes = {path.name: _sha256(path) for path in sorted(place.iterdir())}
+            content = {"step": step, "recipe_sha256": self.recipe_sha256, "files": hashes}
+            temporary = place / ".manifest"
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.replace(place / MANIFEST)
+            for old in self.whole()[:-KEPT]:
+                shutil.rmtree(self.folder / f"step-{old:08}", ignore_errors=True)
+        dist.barrier()
+
+    def whole(self) -> list[int]:
+        """Steps of the checkpoints that were written to their end, in order."""
+        found = self.folder.glob(f"step-*/{MANIFEST}") if self.folder.is_dir() else []
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def load(self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+        """Go to the latest whole checkpoint, whatever layout wrote it, and return its step; 0: there is none.
+
+        Raises
+        ------
+        RunError
+            Its files are not those that were written, or it belongs to another training.
+        """
+        steps = self.whole()
+        if not steps:
+            return 0
+        place = self.folder / f"step-{steps[-1]:08}"
+        self._check(place)
+        prime(weights, optimizer)
+        state = state_of(weights, optimizer)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
+        except Exception as error:  # the reader's errors have no common base
+            raise RunError(f"the checkpoint {str(place)!r} does not fit this model: {error}") from error
+        for name, weight in weights.items():
+            for moment, value in optimizer.state[weight].items():
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    value.copy_(state[f"{moment}.{name}"].reshape(()))
+        return steps[-1]
+
+    def _check(self, place: Path) -> None:
+        try:
+            content = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+            files, found = dict(content["files"]), str(content["recipe_sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the manifest of {str(place)!r} cannot be read: remove the folder") from error
+        if found != self.recipe_sha256:
+            raise RunError(
+                f"the checkpoint {str(place)!r} is of another training ({found[:9]}, not {self.recipe_sha256[:9]}): "
+                "resume with the same recipe, of which only [layout] may change, or choose another --out"
+            )
+        for name, wanted in files.items():
+            if not (place / Path(name).name).is_file() or _sha256(place / Path(name).name) != wanted:
+                raise RunError(
+                    f"the checkpoint {str(place)!r} is damaged ({name} is not what was written): "
+                    "remove the folder to go on from the one before"
+                )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

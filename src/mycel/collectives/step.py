@@ -1,0 +1,160 @@
+"""One training step of an island: forward and back through every stage, one gradient for all replicas, one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle
+from mycel.collectives.hooks import CodecExchange
+from mycel.collectives.ranks import Ranks
+
+IGNORED = -100
+
+
+def targets_of(rows: Tensor) -> Tensor:
+    """What each token is to predict: the next one; nothing at a row's end."""
+    return torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], IGNORED)], dim=1)
+
+
+def own_part(rows: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """This rank's rows and tokens of a step's batch (B, T), and their targets."""
+    targets = targets_of(rows)
+    rows, targets = (part.chunk(ranks.layout.data)[ranks.place("data")] for part in (rows, targets))
+    sequence = ranks.layout.sequence
+    rows, targets = (part.chunk(sequence, dim=1)[ranks.place("sequence")] for part in (rows, targets))
+    return rows.contiguous().to(ranks.device), targets.contiguous().to(ranks.device)
+
+
+@dataclass
+class Trainer:
+    """Takes steps on one rank's stage; every rank calls the same methods in the same order."""
+
+    stage: Stage
+    ranks: Ranks
+    optimizer: torch.optim.Optimizer
+    clip_norm: float = 1.0
+    exchange: CodecExchange | None = None
+    _schedules: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    def gradients(self, rows: Tensor) -> float:
+        """Fill every parameter's gradient with that of the mean loss over the whole batch; return that loss.
+
+        Parameters
+        ----------
+        rows : Tensor
+            int64, (B, T): the step's whole batch, the same on every rank.
+        """
+        ids, targets = own_part(rows, self.ranks)
+        count = rows.shape[0] * (rows.shape[1] - 1)
+        # Replicas average their gradients, so each one's share of the sum is weighed by their number.
+        replicas = self.ranks.layout.data * self.ranks.layout.sequence
+
+        def loss_of(logits: Tensor, wanted: Tensor) -> Tensor:
+            flat = logits.reshape(-1, logits.shape[-1])
+            flat = flat.float() if flat.dtype in {torch.bfloat16, torch.float16} else flat
+            total = nn.functional.cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="sum")
+            return total * (replicas / count)
+
+        losses = (
+            self._pipelined(ids, targets, loss_of)
+            if self.ranks.layout.pipeline > 1
+            else self._plain(ids, targets, loss_of)
+        )
+        if self.exchange is not None:
+            self.exchange.average(named_weights(self.stage))
+        settle(self.stage, self.ranks)
+        total = losses.detach().double()
+        dist.all_reduce(total, group=self.ranks.replicas.get_group())
+        dist.all_reduce(total, group=self.ranks.group("pipeline"))
+        return float(total) / replicas
+
+    def loss(self, rows: Tensor) -> float:
+        """Mean loss over a batch; nothing is trained. A pipeline's stages pass it on one after another."""
+        ids, targets = own_part(rows, self.ranks)
+        count = rows.shape[0] * (rows.shape[1] - 1)
+        self.stage.eval()
+        hidden = self._handed_on(ids)
+        total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
+        if self.stage.last:
+            flat = hidden.reshape(-1, hidden.shape[-1]).float()
+            total += nn.functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        self.stage.train()
+        dist.all_reduce(total, group=self.ranks.replicas.get_group())
+        dist.all_reduce(total, group=self.ranks.group("pipeline"))
+        return float(total) / count
+
+    def _handed_on(self, ids: Tensor) -> Tensor:
+        group, place = self.ranks.group("pipeline"), self.ranks.place("pipeline")
+        entering = ids
+        if not self.stage.first:
+            width = self.stage.width
+            entering = torch.empty(*ids.shape, width, device=self.ranks.device)
+            dist.recv(entering, group=group, group_src=place - 1)
+        hidden: Tensor = self.stage(entering)
+        if not self.stage.last:
+            dist.send(hidden.contiguous(), group=group, group_dst=place + 1)
+        return hidden
+
+    def step(self, rows: Tensor, rate: float) -> float:
+        """Take one optimiser step at a learning rate and return the loss before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.gradients(rows)
+        norm = gradient_norm(self.stage, self.ranks) if self.clip_norm else 0.0
+        if self.clip_norm and norm > self.clip_norm:
+            for parameter in self.stage.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip_norm / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if not math.isfinite(loss):
+            raise FloatingPointError("the loss is not a finite number: lower training.learning_rate")
+        return loss
+
+    def _plain(self, ids: Tensor, targets: Tensor, loss_of: Any) -> Tensor:
+        pieces = self.ranks.layout.micro_batches
+        total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
+        for index, (part, wanted) in enumerate(zip(ids.chunk(pieces), targets.chunk(pieces), strict=True)):
+            if hasattr(self.stage, "set_requires_gradient_sync"):
+                self.stage.set_requires_gradient_sync(index == pieces - 1)
+            loss = loss_of(self.stage(part), wanted)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _pipelined(self, ids: Tensor, targets: Tensor, loss_of: Any) -> Tensor:
+        layout = self.ranks.layout
+        key = tuple(ids.shape)
+        if key not in self._schedules:
+            place = self.ranks.place("pipeline")
+            stage = PipelineStage(
+                self.stage, place, layout.pipeline, self.ranks.device, group=self.ranks.group("pipeline")
+            )
+            kind = ScheduleGPipe if layout.schedule == "gpipe" else Schedule1F1B
+            self._schedules[key] = kind(stage, layout.micro_batches, loss_fn=loss_of, scale_grads=False)
+        schedule, losses = self._schedules[key], list[Tensor]()
+        schedule._loss_fn = loss_of
+        if self.stage.first:
+            schedule.step(ids)
+        elif self.stage.last:
+            schedule.step(target=targets, losses=losses)
+        else:
+            schedule.step()
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=ids.device)
+
+
+def full_gradients(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+    """Every gradient of this rank's stage as all ranks together hold it; all of them must ask."""
+    from mycel.collectives.apply import whole
+
+    for name, parameter in named_weights(trainer.stage).items():
+        if parameter.grad is not None:
+            yield name, whole(parameter.grad).detach().cpu()

@@ -1,0 +1,148 @@
+"""Run a recipe inside one island: ranks over `torch.distributed`, sharded checkpoints, one result at rank 0."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mycel.catalog import load_system
+from mycel.collectives.layout import check_layout, ranks_of
+from mycel.collectives.program import Course, Program, checkpoint_folder
+from mycel.collectives.ranks import Ranks, island
+from mycel.collectives.saving import Checkpoints
+from mycel.data.parties import load_parties
+from mycel.data.tokens import TokenStore
+from mycel.errors import EngineError, RecipeError
+from mycel.models.base import Base, find_base, open_base, save_model
+from mycel.models.layers import weight_sites
+from mycel.recipe.schema import Recipe
+from mycel.rounds.algebra import seed_of
+from mycel.run.folder import RunFolder, write_json
+from mycel.run.log import EventLog
+
+TRAINED = ("synchronous",)  # systems whose steps the ranks of one island can take
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that ``torchrun`` started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(recipe: Recipe, words: list[str], ranks: int) -> int:
+    """Check the layout, then start ``ranks`` processes of this command line on this machine; return the exit status."""
+    check_island(recipe, ranks)
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "mycel"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run([sys.executable, *starter, *words], env=environment, check=False).returncode
+
+
+def check_island(recipe: Recipe, ranks: int) -> None:
+    """Refuse what the ranks of an island cannot train, before any of them starts."""
+    if recipe.system not in TRAINED:
+        raise RecipeError(
+            f"system is {recipe.system!r}, and the ranks of one island train in step: "
+            'set system = "synchronous", or run without --nproc'
+        )
+    load_system(recipe)
+    if not recipe.data.pack:
+        raise RecipeError("data.pack is false, and the ranks of an island need rows of one length: set it to true")
+    base = open_base(find_base(recipe.model.base))
+    check_layout(recipe.layout, ranks, base.model.config, recipe.training.batch_size, recipe.data.max_length)
+
+
+def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None:
+    """Train as one rank of the island that the environment describes; the result at rank 0, None elsewhere."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    check_island(recipe, int(os.environ["WORLD_SIZE"]))
+    started, folder = time.monotonic(), RunFolder(out)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(island(recipe.layout))
+        base = open_base(find_base(recipe.model.base))
+        if ranks.first:
+            stack.enter_context(folder.held(recipe, resume))
+            _write_tokens(recipe, base, folder)
+        dist.barrier()
+        store = TokenStore.open(folder.tokens)
+        program = Program(recipe, ranks, base, _start(recipe, base), load_system(recipe).rate)  # type: ignore[attr-defined]
+        log = EventLog(folder.events) if ranks.first else None
+        saves = Checkpoints(checkpoint_folder(out), recipe.sha256())
+
+        def note(step: int, loss: float) -> None:
+            assert log is not None
+            log.record("step", "island", step=step, loss=loss)
+
+        try:
+            before = program.evaluate(store.held_out(0))
+            course = program.train(store.pooled(), recipe.rounds.count, saves, note)
+            after = program.evaluate(store.held_out(0))
+        finally:
+            if log is not None:
+                log.close()
+        weights = program.collect()
+        if not ranks.first:
+            return None
+        result = _result(recipe, ranks, store, course, (before, after), time.monotonic() - started)
+        _save(base, weights, folder)
+        write_json(folder.result, result)
+        return result
+
+
+def _start(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
+    from mycel.pretrain.weights import fresh_weights
+
+    if recipe.knobs.get("fresh", True):
+        return fresh_weights(base, seed_of(recipe.seed, "coordinator", "fresh weights"))
+    return {name: weight.detach().clone() for name, weight in base.model.named_parameters()}
+
+
+def _write_tokens(recipe: Recipe, base: Base, folder: RunFolder) -> None:
+    if not folder.tokens.exists():
+        parties = load_parties(recipe.data, recipe.seed)
+        temporary = folder.tokens.with_name(".tokens.safetensors")
+        TokenStore.build(parties, base.tokenizer, recipe.data.max_length, True).save(temporary)
+        temporary.replace(folder.tokens)
+
+
+def _save(base: Base, weights: dict[str, torch.Tensor], folder: RunFolder) -> None:
+    sites = weight_sites(base.model)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if name not in sites:
+                raise EngineError(f"the island's weight {name!r} is none of the base's")
+            module, leaf = sites[name][0]
+            getattr(module, leaf).copy_(tensor)
+    save_model(base, folder.model)
+
+
+def _result(
+    recipe: Recipe, ranks: Ranks, store: TokenStore, course: Course, losses: tuple[float, float], seconds: float
+) -> dict[str, Any]:
+    before, after = (loss if math.isfinite(loss) else None for loss in losses)
+    steps = sorted(course.seconds)
+    return {
+        "title": recipe.title,
+        "system": recipe.system,
+        "recipe": {**recipe.model_dump(mode="json"), "sha256": recipe.sha256()},
+        "seed": recipe.seed,
+        "layout": recipe.layout.model_dump(mode="json"),
+        "ranks": ranks_of(recipe.layout),
+        "parties": [
+            {"name": name, "samples": len(store.train(index)), "tokens": int(store.train(index).lengths().sum())}
+            for index, name in enumerate(store.names)
+        ],
+        "rounds": [],
+        "curve": {"first_step": course.first, "losses": course.losses},
+        "final": {"loss": after, "mixture": {"base": before, "federated": after}},
+        "bytes": {"up": course.sent, "down": course.sent},
+        "step_seconds": steps[len(steps) // 2] if steps else None,
+        "seconds": round(seconds, 3),
+    }
