@@ -37,7 +37,7 @@ def test_every_byte_of_the_log_is_on_the_meter_and_the_other_way_round(rig: Call
 
     federation = rig({"fleet.devices": "flaky", "rounds.quorum": 0.5}, change=spoil)
     federation.run()
-    meter = federation.coordinator.meter
+    meter = federation.coordinator.leases.meter
     sent_back = [*federation.of("answer"), *federation.of("drop")]
     assert meter.total("down") == sum(event["bytes"] for event in federation.of("ask")) > 0
     assert meter.total("up") == sum(event["bytes"] for event in sent_back) > 0
@@ -84,7 +84,7 @@ def test_answers_after_the_quorum_are_late_dropped_and_counted(rig: Callable[...
     federation = rig({"rounds.quorum": 0.5, "rounds.count": 40}, Bulky, THIN, thin_link)
     state = federation.run()
     late = federation.of("drop", reason="late")
-    meter = federation.coordinator.meter
+    meter = federation.coordinator.leases.meter
     assert {event["node"] for event in late} == {5}
     assert meter.total("up", purpose="late") == sum(event["bytes"] for event in late) > 400_000
     assert federation.coordinator.progress.drops["late"] == len(late)
@@ -152,11 +152,11 @@ def test_a_cohort_is_a_sample_of_its_size_that_the_seed_decides(rig: Callable[..
 def test_evaluations_come_as_often_as_the_recipe_says(rig: Callable[..., Rig]) -> None:
     federation = rig({"rounds.evaluate_every": 2, "rounds.count": 4})
     federation.run()
-    assert federation.coordinator.loss(0) == pytest.approx(2.0)  # every party reports two nats per token
-    assert federation.coordinator.loss(1) is None
-    assert federation.coordinator.loss(2) == pytest.approx(2.0)
-    assert federation.coordinator.loss(3) is None
-    assert federation.coordinator.loss(4) == pytest.approx(2.0)
+    assert federation.coordinator.progress.loss(0) == pytest.approx(2.0)  # every party reports two nats per token
+    assert federation.coordinator.progress.loss(1) is None
+    assert federation.coordinator.progress.loss(2) == pytest.approx(2.0)
+    assert federation.coordinator.progress.loss(3) is None
+    assert federation.coordinator.progress.loss(4) == pytest.approx(2.0)
 
 
 def test_a_deadline_is_what_was_predicted_until_a_node_has_shown_its_pace(rig: Callable[..., Rig]) -> None:

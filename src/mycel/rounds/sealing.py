@@ -73,9 +73,9 @@ class Sealing:
         return Parcel(answer.kind, header, tensors), kept
 
 
-def is_letter(brief: Parcel) -> bool:
-    """Whether a brief is one of the guard's own messages."""
-    return brief.kind.startswith(KIND)
+def is_letter(kind: str) -> bool:
+    """Whether a brief of this kind is one of the guard's own messages."""
+    return kind.startswith(KIND)
 
 
 def noise_of(recipe: Recipe, odds: float = 1.0, steps: int = 1) -> float:

@@ -19,9 +19,10 @@ from mycel.evaluate.metrics import Scores
 from mycel.fleet import load_fleet, run_virtual
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
-from mycel.rounds.coordinator import Coordinator, Progress, Record, read_scores
+from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.host import Sites
 from mycel.rounds.pace import parse_pace
+from mycel.rounds.progress import Progress, Record, read_scores
 from mycel.rounds.site import Job
 from mycel.rounds.system import State, System
 from mycel.rounds.world import Node, World
@@ -99,9 +100,15 @@ class Simulation:
         )
         pace = parse_pace(recipe.rounds.pace, recipe.rounds.quorum)
         coordinator = Coordinator(
-            self.world, load_system(recipe), engine, pace, self.record, self.checkpoint, shelf=self.shelf
+            self.world,
+            load_system(recipe),
+            engine,
+            pace,
+            self.record,
+            self.checkpoint,
+            shelf=self.shelf,
+            wiretap=self.wiretap,
         )
-        coordinator.wiretap = self.wiretap
         if restore is not None:
             restore(coordinator)
         try:
@@ -113,7 +120,7 @@ class Simulation:
             self.world,
             coordinator.system,
             coordinator.progress,
-            coordinator.meter,
+            coordinator.leases.meter,
             engine.now(),
             dict(engine.homes()),
             coordinator.guarding.receipt(),

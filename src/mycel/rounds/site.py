@@ -120,7 +120,7 @@ class Site:
         wire = self.job.recipe.wire
         brief = Parcel.from_bytes(frame, limits(wire, self.base))
         kept = Parcel.from_bytes(home).tensors if home else {}
-        if is_letter(brief):
+        if is_letter(brief.kind):
             letter, secrets = self.sealing.letter(node, brief, group(kept, "guard"))
             others = {name: value for name, value in kept.items() if not name.startswith("guard/")}
             return letter.to_bytes(), Parcel("home", {}, others | with_role("guard", secrets)).to_bytes()

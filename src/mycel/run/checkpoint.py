@@ -16,9 +16,11 @@ from torch import Tensor
 
 from mycel.engines.engine import Pending, Request
 from mycel.errors import ParcelError, RunError
-from mycel.rounds.coordinator import Coordinator, Lease, Progress
+from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.deadline import WINDOW
 from mycel.rounds.guarding import restored
+from mycel.rounds.leases import Lease
+from mycel.rounds.progress import Progress
 from mycel.rounds.system import State, with_role
 from mycel.run.folder import write_bytes
 from mycel.wire.parcel import Parcel, Tensors
@@ -45,7 +47,7 @@ class Sparing:
 
 def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
     """Write the coordinator's progress, what is still out, and the parties' homes."""
-    done, deadlines = coordinator.progress, coordinator.deadlines
+    done, deadlines = coordinator.progress, coordinator.leases.deadlines
     state = done.state.to_parcel()
     tensors: Tensors = dict(state.tensors)
     requests = _requests(coordinator)
@@ -70,12 +72,12 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
         "rounds": done.rounds,
         "drops": dict(done.drops),
         "busy": {str(node): moment for node, moment in done.busy.items()},
-        "meter": coordinator.meter.snapshot(),
+        "meter": coordinator.leases.meter.snapshot(),
         "clock": coordinator.engine.now(),
         "recent": {str(node): list(seconds) for node, seconds in deadlines.recent.items()},
         "silent": {str(node): count for node, count in deadlines.silent.items()},
         "requests": [_request_header(item.request) for item in requests],
-        "leases": [_lease_header(lease) for lease in coordinator.leases.values()],
+        "leases": [_lease_header(lease) for lease in coordinator.leases.held.values()],
     }
     write_bytes(path, Parcel("checkpoint", {**header, "sha256": _digest(header, tensors)}, tensors).to_bytes())
 
@@ -97,7 +99,7 @@ def _bytes(content: bytes) -> Tensor:
 
 def _requests(coordinator: Coordinator) -> list[Pending]:
     """What is on its way, in the order of asking: also answers whose leases have ended, for they will come late."""
-    under_lease = [Pending(lease.request, b"") for lease in coordinator.leases.values()]
+    under_lease = [Pending(lease.request, b"") for lease in coordinator.leases.held.values()]
     known = {item.request.generation: item for item in (*under_lease, *coordinator.engine.pending())}
     return [known[generation] for generation in sorted(known)]
 
@@ -161,7 +163,7 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
     scores = {
         int(version): {int(node): score for node, score in found.items()} for version, found in header["scores"].items()
     }
-    coordinator.progress = Progress(
+    coordinator.progress = coordinator.leases.progress = Progress(
         state,
         header["version"],
         header["generation"],
@@ -174,9 +176,11 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
     )
     histories = {name[6:]: value for name, value in parcel.tensors.items() if name.startswith("guard.")}
     restored(coordinator.guarding, header["guard"], histories)
-    coordinator.meter.restore(header["meter"])
-    coordinator.deadlines.recent = {int(node): deque(seconds, WINDOW) for node, seconds in header["recent"].items()}
-    coordinator.deadlines.silent = Counter({int(node): count for node, count in header["silent"].items()})
+    coordinator.leases.meter.restore(header["meter"])
+    coordinator.leases.deadlines.recent = {
+        int(node): deque(seconds, WINDOW) for node, seconds in header["recent"].items()
+    }
+    coordinator.leases.deadlines.silent = Counter({int(node): count for node, count in header["silent"].items()})
     requests: dict[int, Request] = {}
     for item in header["requests"]:
         frame = parcel.tensors[f"request.{item['generation']}/frame"].numpy().tobytes()
@@ -187,4 +191,4 @@ def restore(coordinator: Coordinator, parcel: Parcel) -> None:
     for item in header["leases"]:
         request = requests[item["generation"]]
         expects = item["expects"] and {name: tuple(shape) for name, shape in item["expects"].items()}
-        coordinator.leases[request.node] = Lease(request, item["version"], item["kind"], expects, item["deadline"])
+        coordinator.leases.held[request.node] = Lease(request, item["version"], item["kind"], expects, item["deadline"])

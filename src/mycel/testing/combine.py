@@ -44,6 +44,7 @@ def check_combine(
     if len({answer.node for answer in answers}) < 3:
         raise ValueError(f"{len(answers)} answers of different nodes do not show how they combine: give at least three")
     seen = effect or _shared_and_base
+    answers = [replace(answer, sent=answer.parcel) for answer in answers]  # decoded once: who spoils one is found out
     _check_purity(system, state, answers)
     _check_order(system, state, answers)
     if shares:
