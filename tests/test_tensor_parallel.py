@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decoders import decoder
+from mycel.decisions.shares import shares
 from mycel.errors import ModelError
 from mycel.models.cut import Cut
 from mycel.segments.mesh import Pace
 from mycel.segments.ranks import Group, ranks
-from mycel.segments.tensor_parallel import Sharded, shares, side_by_side
+from mycel.segments.tensor_parallel import Sharded, side_by_side
 from mycel.segments.window import Window
 from test_segments import greedy
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mycel.catalog.entries import ENTRIES as TUNING
 from mycel.catalog.entries import Entry
 from mycel.catalog.pretraining import PRETRAINING
+from mycel.catalog.swarming import SWARMING
 from mycel.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENTRIES", "Entry", "entry", "load_claim", "load_system"]
 
-ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING)
+ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING, *SWARMING)
 
 
 def entry(name: str) -> Entry:
@@ -35,6 +36,11 @@ def entry(name: str) -> Entry:
 def load_system(recipe: Recipe) -> System:
     """Import the system that a recipe names and build it with the recipe's knobs."""
     about = entry(recipe.system)
+    if about.way == "segments":
+        raise RecipeError(
+            f"system is {recipe.system!r}, which works in segments and not in rounds: `mycel claims {recipe.system}`"
+            " measures it, `mycel peer` and `mycel serve --swarm` use it"
+        )
     system: System = getattr(importlib.import_module(about.module), about.factory)(recipe)
     pace = recipe.rounds.pace.partition("(")[0]
     if pace not in system.paces:

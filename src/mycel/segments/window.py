@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from mycel.models.cut import Cut, fill, read_config, source_of
 from mycel.models.shards import Shards
 
 Weights = dict[str, Tensor]
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Window:
@@ -43,6 +46,7 @@ class Window:
     def __init__(self, folder: Path, window: int = 2, embed: bool = True, head: bool = True) -> None:
         if window < 1:
             raise ModelError(f"a window of {window} blocks computes nothing: at least 1 is needed")
+        _return_memory()
         config = read_config(folder)
         parts, model = anatomy(config), skeleton(config)
         self.window, self._shards = window, Shards.of(folder)
@@ -92,6 +96,12 @@ class Window:
         self.reads += 1
         start = len(self.cut.parts.block_path(index)) + 1
         return self.prepare(index, {name[start:]: found[source] for name, source in names.items()})
+
+
+def _return_memory() -> None:
+    """Have the C library give large pieces back when they are let go, rather than keep them for later."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def put(block: nn.Module, weights: Weights | None) -> None:

@@ -1,0 +1,1 @@
+"""Serving: one file for each system, thin, over the generation service and over segments."""
