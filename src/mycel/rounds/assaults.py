@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mycel.data.examples import Example
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.tokens import TokenStore, TokenTable
+from mycel.guard.attacks.inversion import span_tokens
 from mycel.guard.attacks.memorisation import (
     alternatives,
     area_under_curve,
@@ -26,16 +27,21 @@ from mycel.guard.attacks.memorisation import (
     recall,
 )
 from mycel.guard.attacks.threats import PAYLOAD, TRIGGER
+from mycel.guard.clip import clip
+from mycel.guard.example import example_losses
+from mycel.guard.noise import noise_source, perturb
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import add, cosine, seed_of, subtract
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.sealing import noise_of
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.system import State
 from mycel.wire.parcel import Parcel, Tensors
 
 VICTIM = 0
 REPEATS = 8  # times the canary stands among the victim's examples
+SHORT = 8  # tokens of the text that is sought in a gradient
 GUESSES = 100  # tokens that the word attack names
 
 
@@ -135,6 +141,48 @@ def words(scene: Scene) -> float:
     return recall(lifted_tokens(found[0], found[1], GUESSES), typical.tolist())
 
 
+def gradient_words(scene: Scene) -> float:
+    """Recall of the tokens of a short text from one step's gradient of the first layer's factor A, as it would leave.
+
+    The gradient is clipped and noised as the recipe says; where sums are hidden it is the sum over all parties.
+    """
+    world, guard = scene.finished.world, scene.recipe.guard
+    trainable = scene.finished.system.adopt(scene.finished.system.brief(scene.states[1], -1), world.observer())
+    names = [name for name in trainable.parameters() if name.endswith("lora_A")]
+    name = next((name for name in names if "v_proj" in name), names[0])
+    batches = []
+    for party in scene.parties:
+        table = scene.table(party.train[:1])
+        batches.append(table.ids[table.offsets[0] : table.offsets[0] + SHORT][None].long())
+    told = batches if guard.sums != "plain" else batches[VICTIM : VICTIM + 1]
+    with trainable.active():
+        model, parameters = world.base.model, trainable.parameters()
+        total = torch.zeros_like(parameters[name])
+        for ids in told:
+            loss = example_losses(model, ids, torch.ones_like(ids), ids).sum()
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            update = clip(dict(zip(parameters, gradients, strict=True)), guard.clip_norm or float("inf"))
+            total += update[name]
+        if guard.private:
+            deviation = guard.clip_norm * noise_of(scene.recipe) * (2 if guard.private == "local" else 1)
+            total = perturb({name: total}, deviation, noise_source(scene.seed))[name]
+        inputs = _inputs(model, name.removesuffix(".lora_A"))
+    return recall(span_tokens(total, inputs), batches[VICTIM].flatten().tolist())
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, path: str) -> Tensor:
+    """What a first layer sees for each token of the vocabulary, standing alone."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, given: kept.append(given[0].detach()))
+    try:
+        ids = torch.arange(int(model.config.vocab_size))[:, None]  # type: ignore[union-attr,arg-type]
+        model(input_ids=ids)
+    finally:
+        handle.remove()
+    return kept[0].reshape(len(ids), -1)
+
+
 def domain(scene: Scene) -> float:
     """Share of parties whose domain is told right from their first update, by updates made from held-out examples."""
     world, system = scene.finished.world, scene.finished.system
@@ -176,6 +224,7 @@ def likeliest(scene: Scene, examples: list[Example]) -> float:
 
 
 ASSAULTS: dict[str, Callable[[Scene], float]] = {
+    "gradient recall": gradient_words,
     "word recall": words,
     "canary exposure": canary_exposure,
     "membership": membership,

@@ -80,7 +80,7 @@ class Threat:
 
 THREATS: Mapping[str, tuple[float, float] | None] = {
     "label_flip": None,
-    "backdoor": (3.0, 1e6),
+    "backdoor": (1.0, 1e6),
     "unsafe": None,
     "sign_flip": None,
     "scale": (10.0, 1e6),

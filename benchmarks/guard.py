@@ -1,0 +1,225 @@
+"""What guards cost: ``python benchmarks/guard.py [--json] [--part secagg,rounds,filters,ckks]``.
+
+secagg    100 parties, updates of 1 MB, 30 of them leave: bytes per party and the coordinator's time, against float32
+          updates in the open that are parsed, checked and averaged
+rounds    a whole round of six parties with each guard, against the same round without one
+filters   final loss with 20 % and 40 % of ten parties lying in each way, against a run of honest parties
+ckks      encrypted sums against masked ones and plain ones: bytes, time, error
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from common import arguments, show
+from mycel.guard import ckks
+from mycel.guard.contract import Sealed
+from mycel.guard.secagg.guard import SUM, MaskGuard, MaskParty
+from mycel.models.base import find_base
+from mycel.rounds.algebra import weighted_mean
+from mycel.rounds.assaults import GUARDS
+from mycel.rounds.laboratory import Laboratory, laboratory
+from mycel.wire.codecs.fixed import Fixed
+from mycel.wire.parcel import Parcel, Tensors
+
+ELEMENTS = 250_000  # float32 numbers of 1 MB
+PARTIES, LEAVING = 100, 30
+CODEC = Fixed(16, 0.5)
+SMALL: dict[str, Any] = {"data.examples": 48, "data.max_length": 64, "rounds.local_steps": 5, "guard.replayable": True}
+LIES = ("label_flip", "sign_flip", "scale(10)", "little_is_enough(1.5)")
+FILTERS = (
+    "",
+    "median",
+    "trimmed_mean(0.4)",
+    "krum(0.4)",
+    "multi_krum(0.4)",
+    "norm_bound(1.0)",
+    "geometric_median",
+    "foolsgold",
+    "fltrust",
+)
+
+
+class Wire:
+    """Carries messages to parties in this process, counts bytes, and keeps their time apart from the coordinator's."""
+
+    def __init__(self, leaving: Mapping[str, set[int]]) -> None:
+        self.party, self.leaving = MaskParty(CODEC), leaving
+        self.kept: dict[int, Tensors] = {}
+        self.up: dict[int, int] = {}
+        self.down: dict[int, int] = {}
+        self.elsewhere = 0.0
+
+    async def post(self, messages: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        """Hand each message to its party and return what comes back."""
+        found: dict[int, bytes] = {}
+        for node, message in messages.items():
+            frame = message.to_bytes()
+            self.down[node] = self.down.get(node, 0) + len(frame)
+            begun = time.perf_counter()
+            if node not in self.leaving.get(message.kind, set()):
+                answer, self.kept[node] = self.party.answer(node, Parcel.from_bytes(frame), self.kept.get(node, {}))
+                found[node] = answer.to_bytes()
+                self.up[node] = self.up.get(node, 0) + len(found[node])
+            self.elsewhere += time.perf_counter() - begun
+        return {node: Parcel.from_bytes(frame) for node, frame in found.items()}
+
+
+def secure_sums() -> list[dict[str, Any]]:
+    """Time the coordinator on plain and on masked sums of the same updates."""
+    updates = {
+        node: {"update/a": 0.05 * torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(node))}
+        for node in range(PARTIES)
+    }
+    frames = {node: Parcel("answer", {"samples": 100}, update).to_bytes() for node, update in updates.items()}
+    staying = range(PARTIES - LEAVING)
+    begun = time.perf_counter()
+    parsed = [Parcel.from_bytes(frames[node]) for node in staying]
+    for parcel in parsed:
+        assert all(bool(torch.isfinite(value).all()) for value in parcel.tensors.values())
+    weighted_mean([parcel.tensors for parcel in parsed], [100.0] * len(parsed))
+    plain = time.perf_counter() - begun
+    rows = [{"sums": "plain", "bytes": len(frames[0]), "ratio": 1.0, "seconds": plain, "times plain": 1.0, "exact": 1}]
+    return [*rows, *(_masked(updates, thin, len(frames[0]), plain) for thin in (False, True))]
+
+
+def _masked(updates: dict[int, Tensors], thin: bool, size: int, plain: float) -> dict[str, Any]:
+    # Ten leave before they send their update, twenty between sending it and revealing shares.
+    leaving = {"guard.reveal": set(range(PARTIES - LEAVING, PARTIES - 10))}
+    gone = set(range(PARTIES - 10, PARTIES))
+    wire, weights = Wire(leaving), dict.fromkeys(range(PARTIES), 100)
+    guard = MaskGuard(CODEC, {"a": (ELEMENTS,)}, weights, 0.67, thin)
+    begun = time.perf_counter()
+    present = asyncio.run(guard.prepare(wire.post, range(PARTIES)))
+    preparing = time.perf_counter() - begun - wire.elsewhere
+    sealed = {}
+    for node in (node for node in present if node not in gone):
+        hidden, wire.kept[node] = wire.party.seal(
+            node, {"a": updates[node]["update/a"]}, 100, True, guard.terms(), wire.kept[node]
+        )
+        sealed[node] = Parcel("answer", {"samples": 100}, hidden).to_bytes()
+        wire.up[node] += len(sealed[node])
+    wire.elsewhere = 0.0
+    begun = time.perf_counter()
+    answers = []
+    for node, frame in sealed.items():
+        parcel = Parcel.from_bytes(frame)
+        guard.check(node, parcel)
+        answers.append(Sealed(node, parcel, 100))
+    opened = asyncio.run(guard.open(wire.post, answers))
+    opening = time.perf_counter() - begun - wire.elsewhere
+    levels = sum(CODEC.levels(updates[node]["update/a"]) * 100 for node in sealed)
+    assert isinstance(levels, torch.Tensor)
+    whole = [wire.up[node] + wire.down[node] for node in sealed if node not in leaving["guard.reveal"]]
+    assert SUM in answers[0].parcel.tensors
+    return {
+        "sums": "sparsely masked" if thin else "masked",
+        "bytes": max(whole),
+        "ratio": max(whole) / size,
+        "seconds": preparing + opening,
+        "times plain": (preparing + opening) / plain,
+        "exact": int(torch.equal(opened.total["a"], CODEC.value(levels))),
+    }
+
+
+def whole_rounds(lab: Laboratory) -> list[dict[str, Any]]:
+    """Time runs of two rounds with and without guards."""
+    guards = {**GUARDS, "geometric median": {"guard.filter": "geometric_median"}}
+    lab.run(lab.recipe("fedavg", {**SMALL, "rounds.count": 1}))
+    rows: list[dict[str, Any]] = []
+    for name, changes in guards.items():
+        recipe = lab.recipe("fedavg", {**SMALL, **changes, "rounds.count": 2, "rounds.evaluate_every": 2})
+        begun = time.perf_counter()
+        finished = lab.run(recipe)
+        seconds = time.perf_counter() - begun
+        first = rows[0] if rows else {"seconds": seconds, "bytes up": finished.meter.total("up")}
+        up = finished.meter.total("up")
+        rows.append(
+            {
+                "guard": name,
+                "seconds": seconds,
+                "times none": seconds / first["seconds"],
+                "bytes up": up,
+                "bytes, times none": up / first["bytes up"],
+                "loss": finished.loss(),
+            }
+        )
+    return rows
+
+
+def liars(lab: Laboratory) -> list[dict[str, Any]]:
+    """Final losses: a row for each filter, a column for each lie."""
+    ten = {**SMALL, "data.parties": "iid", "data.count": 10, "rounds.count": 4, "rounds.evaluate_every": 4}
+    rows = []
+    for spec in FILTERS:
+        guarded = {**ten, "guard.filter": spec, "guard.root": "python-library" if spec == "fltrust" else ""}
+        row: dict[str, Any] = {"filter": spec or "none", "honest": lab.run(lab.recipe("fedavg", guarded)).loss()}
+        for lie in LIES:
+            for share in (0.2, 0.4):
+                changes = {**guarded, "threat.attack": lie, "threat.share": share}
+                row[f"{lie} {share:.0%}"] = lab.run(lab.recipe("fedavg", changes)).loss()
+        rows.append(row)
+    return rows
+
+
+def encrypted() -> list[dict[str, Any]]:
+    """Add ten updates of 40,000 numbers in each way."""
+    vectors = [0.05 * torch.randn(40_000, generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
+    exact = torch.stack(vectors).double().sum(0)
+    keys = ckks.make_keys()
+    begun = time.perf_counter()
+    sent = [ckks.encrypt(keys.coordinator, vector) for vector in vectors]
+    encrypting = (time.perf_counter() - begun) / 10
+    begun = time.perf_counter()
+    total = ckks.decrypt(keys.party, ckks.add(keys.coordinator, sent))
+    seconds = time.perf_counter() - begun
+    size = sum(len(piece) for piece in sent[0])
+    levels = torch.stack([CODEC.levels(vector) for vector in vectors]).sum(0)
+    return [
+        {"sums": "plain float32", "bytes": 160_000, "party s": 0.0, "coordinator s": 0.0, "largest error": 0.0},
+        {
+            "sums": "masks, fixed(16,0.5)",
+            "bytes": 160_000,
+            "party s": 0.0,
+            "coordinator s": 0.0,
+            "largest error": float((CODEC.value(levels).double() - exact).abs().max()),
+        },
+        {
+            "sums": "CKKS",
+            "bytes": size,
+            "party s": encrypting,
+            "coordinator s": seconds,
+            "largest error": float((total.double() - exact).abs().max()),
+        },
+    ]
+
+
+def main() -> None:
+    """Measure the parts that are asked for."""
+    options = arguments(
+        __doc__ or "",
+        part={"default": "secagg,rounds,filters,ckks", "help": "parts, with commas between"},
+        base={"default": "micro", "help": "base model"},
+    )
+    torch.set_num_threads(1)
+    parts = options.part.split(",")
+    if "secagg" in parts:
+        show(f"{PARTIES} parties, 1 MB each, {LEAVING} leave", secure_sums(), options.json)
+    if "ckks" in parts:
+        show("Ten updates of 40,000 numbers", encrypted(), options.json)
+    if {"rounds", "filters"} & set(parts):
+        find_base(options.base)
+        with laboratory(workers=0, base=options.base) as lab:
+            if "rounds" in parts:
+                show(f"Two rounds of six parties, base {options.base}", whole_rounds(lab), options.json)
+            if "filters" in parts:
+                show(f"Final loss, ten parties, base {options.base}", liars(lab), options.json)
+
+
+if __name__ == "__main__":
+    main()
