@@ -8,7 +8,7 @@ import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,28 @@ import pytest
 
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
+import json
+import struct
+
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from mycel.data.parties import load_parties
 from mycel.engines.engine import Arrival, Engine
 from mycel.engines.flower.apps import client, server
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import LINE, Control, accept, listen, receive, send
-from mycel.engines.resident import Resident
+from mycel.engines.resident import PartyHost, Resident
+from mycel.models.base import find_base
+from mycel.recipe import load_recipe
+from mycel.run.demo import write_examples
+from mycel.run.federated import Federated
+from mycel.run.folder import RunFolder
+from mycel.run.member import Membership, Task, base_sha256
+from mycel.run.place import Post
 from mycel.testing import check_engine
 from mycel.testing.engines import Echo, request
 
@@ -86,29 +99,29 @@ class MemoryGrid(Grid):
 
 
 class Parties:
-    """Three residents that run Echo, each behind a line of its own, and the grid that leads to them."""
+    """Three residents, each behind a line of its own, and the grid that leads to them; hostile ones answer anything."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hosts: Sequence[PartyHost]) -> None:
         self.folder = folder
+        self.hostile: dict[int, Callable[[Control, bytes], tuple[Any, bytes]]] = {}
         self._runs = itertools.count()
         self.doors = [listen(folder / f"party-{node}") for node in range(3)]
         for node, door in enumerate(self.doors):
-            resident = Resident(EchoParty(), f"party {node}", folder / f"home-{node}")
-            threading.Thread(target=self._serve, args=(door, resident), daemon=True).start()
+            resident = Resident(hosts[node], f"party {node}", folder / f"home-{node}")
+            threading.Thread(target=self._serve, args=(node, door, resident), daemon=True).start()
         self.grid: MemoryGrid | None = None
 
-    @staticmethod
-    def _serve(door: Any, resident: Resident) -> None:
+    def _serve(self, node: int, door: Any, resident: Resident) -> None:
         while True:
             try:
                 with accept(door) as line:
-                    send(line, *resident.reply(*receive(line)))
+                    send(line, *self.hostile.get(node, resident.reply)(*receive(line)))
             except (EOFError, OSError):
                 return
 
-    def engine(self, part: int = 1 << 20, most: int = 1 << 24) -> FlowerEngine:
+    def engine(self, part: int = 1 << 20, most: int = 1 << 24, job: str = "") -> FlowerEngine:
         """Start a ServerApp and return the engine at the other end of its line: a run that no party has seen."""
-        run = {"job": f"run {next(self._runs)}"}
+        run = {"job": job or f"run {next(self._runs)}"}
         contexts = {
             node + 70: Context(1, node + 70, {"mycel": str(self.folder / f"party-{node}")}, RecordDict(), run)
             for node in range(3)
@@ -124,9 +137,9 @@ class Parties:
 
 
 @contextmanager
-def _parties() -> Iterator[Parties]:
+def _parties(hosts: Sequence[PartyHost] = ()) -> Iterator[Parties]:
     with tempfile.TemporaryDirectory() as folder:
-        parties = Parties(Path(folder))
+        parties = Parties(Path(folder), hosts or [EchoParty() for _ in range(3)])
         try:
             yield parties
         finally:
@@ -200,3 +213,73 @@ def test_a_cut_line_is_an_error_and_not_a_wait() -> None:
             engine.ask(request(engine, 0, 2, b"two"))
 
     _run(program)
+
+
+SMALL = ["model.base=micro", "rounds.count=4", "rounds.local_steps=1", "trainable.rank=2"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["total", "seconds", "x"]), inner),
+    max_leaves=6,
+)
+SAID = st.fixed_dictionaries({}, optional={"total": JSON, "seconds": JSON, "refusal": JSON, "samples": JSON})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(answers=st.lists(st.tuples(JSON | SAID, st.binary(max_size=40)), min_size=1, max_size=3))
+def test_whatever_a_party_says_becomes_an_answer_or_a_refusal(answers: list[tuple[Any, bytes]]) -> None:
+    async def program(parties: Parties) -> None:
+        replies = itertools.chain(answers, itertools.repeat(({"total": 0}, b"")))
+        parties.hostile[0] = lambda control, frame: next(replies)
+        engine = parties.engine(part=16, most=64)
+        arrival = await _ask(engine, b"brief")
+        assert arrival.refusal or len(arrival.frame) <= 64
+        assert arrival.asked <= arrival.started <= arrival.computed <= arrival.at
+        parties.hostile.clear()
+        assert bytes((await _ask(engine, b"next", 2)).frame) == b"0:1:next"
+        await engine.close()
+
+    _run(program)
+
+
+def test_a_hostile_party_is_refused_and_counted_and_the_others_finish(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "quickstart",
+        ["data.count=3", "data.parties=iid", "data.examples=16", "data.held_out=4", "compare=[]", *SMALL],
+    )
+    base = find_base("micro")
+    for number, party in enumerate(load_parties(recipe.data, recipe.seed)):
+        (tmp_path / str(number)).mkdir()
+        write_examples(tmp_path / str(number) / "train.jsonl", party.train)
+        write_examples(tmp_path / str(number) / "held_out.jsonl", party.held_out)
+    hosts = [Membership(f"party {number}", tmp_path / str(number), tmp_path / str(number)) for number in range(3)]
+    bomb = struct.pack("<Q", 1 << 60) + b"{}"
+    shape = {"shapes": {"update/x": [1 << 39]}, "codec": "int8", "kind": "answer"}
+    listing = json.dumps({"__metadata__": {"mycel": json.dumps(shape)}}).encode()
+    junk = [b"", b"no parcel at all", bomb, struct.pack("<Q", len(listing)) + listing, bytes(1 << 16)]
+    sent = itertools.cycle(junk)
+
+    def hostile(control: Control, frame: bytes) -> tuple[Control, bytes]:
+        if control["verb"] == "describe":
+            return {"name": "party 1", "samples": 16, "mean_tokens": 30.0, "held_out": 100, "rank": 2}, b""
+        content = next(sent)
+        return {"total": len(content), "seconds": 0.0}, content
+
+    async def program(parties: Parties) -> None:
+        parties.hostile[1] = hostile
+        task = Task(recipe, "hostile", base_sha256(base))
+        engine = parties.engine(job=task.to_json(), part=1 << 26)
+        folder = RunFolder(tmp_path / "run")
+        folder.work.mkdir(parents=True)
+        seats = {"party 0": 70, "party 1": 71, "party 2": 72}
+        going = Federated(recipe, folder, address="127.0.0.1:1", post=Post(0, "", True, seats))
+        with going.opened():
+            coordinator = going.coordinate(engine, await going.gather(engine), base, tmp_path / "checkpoint")
+            state = await coordinator.run()
+        await engine.close()
+        assert coordinator.progress.version == 4
+        assert coordinator.progress.drops["invalid"] == 5
+        assert all(entry["answers"] == 2 for entry in coordinator.progress.rounds)
+        assert all(bool(tensor.isfinite().all()) for tensor in state.shared.values())
+
+    with _parties(hosts) as parties:
+        asyncio.run(program(parties))

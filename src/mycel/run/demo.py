@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from mycel.data.examples import Example
 from mycel.data.parties import PartyData
-from mycel.engines.flower.launch import die_with_parent, free_port
+from mycel.engines.children import free_port, start
 from mycel.errors import EngineError
 from mycel.run.keyring import Keyring
 from mycel.run.place import read_post
@@ -53,16 +52,8 @@ class Village:
 
     def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
         """Start one of Mycel's commands in a session of its own."""
-        with (self.folder / f"{log}.log").open("ab") as words:
-            return subprocess.Popen(
-                [*PROGRAM, *arguments],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(die_with_parent, signal.SIGTERM),
-            )
+        command = [*PROGRAM, *arguments]
+        return start(command, self.environment, self.folder / f"{log}.log", last_word=signal.SIGTERM)
 
     def start_coordinator(self) -> None:
         """Start the coordinator and wait until it listens."""
@@ -74,6 +65,12 @@ class Village:
         key, data = self.folder / "keys" / "parties" / f"{name}.pem", self.folder / "data" / name
         options = ("--key", str(key), "--data", str(data), *arguments)
         self.parties[name] = self.start("join", self.address, *options, log=name)
+
+    def leave(self, name: str) -> None:
+        """End a party as its administrator would."""
+        process = self.parties.pop(name)
+        process.send_signal(signal.SIGTERM)
+        _wait(process)
 
     def give(self, name: str, party: PartyData) -> None:
         """Write a party's examples where it looks for them."""

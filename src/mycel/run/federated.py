@@ -12,7 +12,8 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,13 +57,12 @@ class Federated(Execution):
     address: str = ""
     post: Post = field(default_factory=lambda: Post(0, "", False))
     coordinator: Coordinator | None = None
+    declined: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Carry the run to its end and return the content of ``result.json``."""
         started = time.monotonic()
-        self.log = EventLog(self.folder.events, self.watcher.event)
-        torch.set_num_threads(1)  # as in a simulation: the order of a parallel sum would show in a result's last bits
-        try:
+        with self.opened():
             base = find_base(self.recipe.model.base, self.watcher.phase)
             for name in load_system(self.recipe).bases():
                 find_base(name, self.watcher.phase)
@@ -75,9 +75,19 @@ class Federated(Execution):
             self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
             with writing(self.folder.path / "report.html"):
                 write_report(self.folder.path)
-        finally:
-            self.log.close()
         return result
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the log open, and compute on one thread: the order of a parallel sum would show in the last bits."""
+        self.log = EventLog(self.folder.events, self.watcher.event)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self.log.close()
 
     def _name(self) -> str:
         """Return the run's own name, under which parties keep what stays at home; the same after it was resumed."""
@@ -92,10 +102,12 @@ class Federated(Execution):
         line = await self._start(door, task)
         engine = FlowerEngine(line, start=checkpoint_clock(saved), most=self.recipe.wire.max_parcel)
         try:
-            nodes = await self._gather(engine)
-            self.coordinator = coordinator = self._coordinator(engine, nodes, base, path)
+            nodes = await self.gather(engine)
+            self.coordinator = coordinator = self.coordinate(engine, nodes, base, path)
             if saved is not None:
                 restore(coordinator, saved)
+            elif self.declined:
+                coordinator.progress.drops["declined"] = len(self.declined)
             self.watcher.arm("system", self.recipe.rounds.count)
             await coordinator.run()
         finally:
@@ -105,7 +117,7 @@ class Federated(Execution):
             coordinator.world,
             coordinator.system,
             coordinator.progress,
-            coordinator.meter,
+            coordinator.leases.meter,
             engine.now(),
         )
 
@@ -122,7 +134,8 @@ class Federated(Execution):
         self.watcher.phase("starting Flower's run", 1, 1)
         return opened(dialled.result()[0])
 
-    def _coordinator(self, engine: FlowerEngine, nodes: list[Node], base: Path, path: Path) -> Coordinator:
+    def coordinate(self, engine: FlowerEngine, nodes: list[Node], base: Path, path: Path) -> Coordinator:
+        """Return a coordinator of ``nodes`` that keeps its checkpoint in ``path``."""
         recipe = self.recipe
         site = Site(Job(recipe, str(base), "nobody's"), stores={"nobody's": _no_examples()})
         world = World(recipe, load_fleet(recipe.fleet.devices), nodes, site)
@@ -144,7 +157,7 @@ class Federated(Execution):
 
     def _standing(self, coordinator: Coordinator) -> dict[str, Any]:
         names = [node.name for node in coordinator.world.nodes]
-        now, meter = coordinator.engine.now(), coordinator.meter
+        now, meter = coordinator.engine.now(), coordinator.leases.meter
         return {
             "folder": str(self.folder.path),
             "system": self.recipe.system,
@@ -159,28 +172,42 @@ class Federated(Execution):
                     "for_seconds": now - lease.request.asked,
                     "deadline_in_seconds": None if lease.deadline is None else lease.deadline - now,
                 }
-                for node, lease in coordinator.leases.items()
+                for node, lease in coordinator.leases.held.items()
             },
             "dropped": dict(coordinator.progress.drops),
         }
 
-    async def _gather(self, engine: FlowerEngine) -> list[Node]:
-        """Wait for the parties that the recipe counts on, and hear what each says of itself."""
+    async def gather(self, engine: FlowerEngine) -> list[Node]:
+        """Wait for as many parties as the recipe counts on, and hear what each says of itself; some may decline."""
         wanted = len(self.recipe.data.parties) if isinstance(self.recipe.data.parties, list) else self.recipe.data.count
-        seats: dict[str, int] = {}
-        while len(seats) < wanted:
-            self.watcher.phase("waiting for the parties", len(seats), wanted)
-            seats = await self._present(engine)
-            if len(seats) < wanted:
+        while True:
+            there = await self._present(engine)
+            chosen = [(name, there[name]) for name in there if name not in self.declined][:wanted]
+            self.watcher.phase("waiting for the parties", len(chosen), wanted)
+            if len(chosen) == wanted:
+                nodes = await self._hear(engine, chosen)
+                if len(nodes) == wanted:
+                    engine.addresses = [address for _, address in chosen]
+                    return nodes
+            elif self.declined and len(self.post.seats) - len(self.declined) < wanted:
+                said = "; ".join(f"{name} says that {why}" for name, why in self.declined.items())
+                raise EngineError(f"{wanted} parties are needed, and of {len(self.post.seats)} some decline: {said}")
+            else:
                 await asyncio.sleep(LOOK)
-        chosen = list(seats.items())[:wanted]
-        engine.addresses = [address for _, address in chosen]
+
+    async def _hear(self, engine: FlowerEngine, chosen: list[tuple[str, int]]) -> list[Node]:
+        """Return what parties say of themselves; whoever declines is logged, and not asked again."""
         asked = [engine.question(address, {"verb": "describe", "node": i}) for i, (_, address) in enumerate(chosen)]
-        self.watcher.phase("waiting for the parties", wanted, wanted)
-        answers = await asyncio.gather(*asked)
-        return [
-            _node(index, name, said) for index, ((name, _), (said, _)) in enumerate(zip(chosen, answers, strict=True))
-        ]
+        nodes = []
+        for index, (control, _) in enumerate(await asyncio.gather(*asked)):
+            name = chosen[index][0]
+            node = _node(index, name, control)
+            if isinstance(node, str):
+                self.declined[name] = node
+                self.log.record("drop", "system", round=0, node=name, reason="declined", detail=node, bytes=0, at=0.0)
+            else:
+                nodes.append(node)
+        return nodes
 
     async def _present(self, engine: FlowerEngine) -> dict[str, int]:
         """Return who is there, in the order of admission; where anyone may join, in the order of names."""
@@ -196,17 +223,18 @@ class Federated(Execution):
         return {name: address for name, address in sorted(known.items()) if address in there}
 
 
-def _node(index: int, name: str, control: Mapping[str, Any]) -> Node:
-    """Read what a party says of itself."""
-    said = control.get("said", {})
+def _node(index: int, name: str, control: Mapping[str, Any]) -> Node | str:
+    """Read what a party says of itself, or why it takes no part."""
+    said = control.get("said")
+    if not isinstance(said, dict):
+        return str(control.get("error", "it says nothing of itself"))
     if "samples" not in said:
-        reason = said.get("refusal") or control.get("error") or "it says nothing of itself"
-        raise EngineError(f"the party {name!r} takes no part: {reason}")
+        return str(said.get("refusal", "it says nothing of itself"))[:500]
     try:
         rank = None if said["rank"] is None else int(said["rank"])
         return Node(index, name, int(said["samples"]), float(said["mean_tokens"]), int(said["held_out"]), rank)
-    except (LookupError, ValueError, TypeError) as error:
-        raise EngineError(f"the party {name!r} describes itself as {json.dumps(said)[:80]}") from error
+    except (LookupError, ValueError, TypeError):
+        return f"it describes itself as {json.dumps(said)[:80]}"
 
 
 def _no_examples() -> TokenStore:

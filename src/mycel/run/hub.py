@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mycel.engines import children
+from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
 from mycel.errors import EngineError, RunError
 from mycel.guard.gates import CoordinatorGate, OpenGate, client_context, server_context
@@ -46,7 +48,7 @@ class Hub:
         self.folder = state_folder("coordinators", self.address)
         self._ring = Keyring(self.keys) if self.keys else None
         self._line = Path(tempfile.mkdtemp(prefix="mycel-")) / "line"
-        self._port = launch.free_port()
+        self._port = children.free_port()
 
     async def run(self, ready: asyncio.Event | None = None) -> None:
         """Serve until cancelled."""
@@ -67,13 +69,13 @@ class Hub:
                 await relay.close()
         finally:
             if self._link is not None:
-                launch.end(self._link)
+                children.end(self._link)
             shutil.rmtree(self._line.parent, ignore_errors=True)
             (self.folder / "coordinator.json").unlink(missing_ok=True)
 
     def _relay(self) -> Relay:
         if self._ring is None or self.keys is None:
-            return Relay((launch.LOOPBACK, self._port), OpenGate())
+            return Relay((LOOPBACK, self._port), OpenGate())
         identity = Identity.load(self.keys / "coordinator.pem")
         if not self._ring.parties():
             raise RunError(f"nobody is admitted: `mycel keys add NAME --keys {self.keys}` makes a party's key")
@@ -81,7 +83,7 @@ class Hub:
         authority.write_bytes(pem(identity.authority))
         policy: Policy = CoordinatorGate(self._ring.parties)
         server = server_context(self.keys / "coordinator.pem", authority)
-        return Relay((launch.LOOPBACK, self._port), policy, server, client_context(self._inner().authority))
+        return Relay((LOOPBACK, self._port), policy, server, client_context(self._inner().authority))
 
     def _inner(self) -> launch.Certificates:
         """Return the certificates that the SuperLink and its gate use between themselves, made for this start."""
@@ -90,7 +92,7 @@ class Hub:
         if not folder.exists():
             folder.mkdir(mode=0o700)
             root = make_authority("loopback")
-            own = issue(root, "superlink", [launch.LOOPBACK, "localhost"])
+            own = issue(root, "superlink", [LOOPBACK, "localhost"])
             for path, content in (
                 (files.certificate, pem(own.certificate)),
                 (files.key, pem(own.key)),
@@ -158,7 +160,7 @@ def split(address: str) -> tuple[str, int]:
 
 def _answers(port: int) -> bool:
     try:
-        socket.create_connection((launch.LOOPBACK, port), 1).close()
+        socket.create_connection((LOOPBACK, port), 1).close()
     except OSError:
         return False
     return True

@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mycel.engines import children
+from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
 from mycel.engines.line import accept, listen, receive, send
 from mycel.engines.resident import PartyHost, Resident
@@ -22,7 +24,7 @@ from mycel.run.hub import split
 from mycel.run.place import state_folder
 from mycel.wire.relay import Relay
 
-SOONEST, LATEST = 1.0, 30.0  # seconds after which a node that has ended is started again, doubling
+SOONEST, LATEST = 1.0, 10.0  # seconds after which a node that has ended is started again, doubling
 logger = logging.getLogger("mycel.party")
 
 
@@ -55,17 +57,17 @@ class Seat:
             app = await asyncio.to_thread(launch.bundle, self.folder)
             server, client = self._contexts()
             relay = Relay(split(self.address), PartyGate(app), server, client)
-            listener = await relay.start(launch.LOOPBACK, 0)
+            listener = await relay.start(LOOPBACK, 0)
             port = listener.sockets[0].getsockname()[1]
             self._serve()
             try:
-                await self._keep_node(f"{launch.LOOPBACK}:{port}")
+                await self._keep_node(f"{LOOPBACK}:{port}")
             finally:
+                if self._node is not None:  # while the gate is open: the node takes its leave through it
+                    await asyncio.to_thread(children.end, self._node)
                 listener.close()
                 await relay.close()
         finally:
-            if self._node is not None:
-                launch.end(self._node)
             if self._door is not None:
                 self._door.close()
             shutil.rmtree(self._work, ignore_errors=True)
@@ -75,7 +77,7 @@ class Seat:
         if self.identity is None:
             return None, None
         root = make_authority("loopback")
-        issue(root, "gate", [launch.LOOPBACK]).save(self._work / "gate.pem")
+        issue(root, "gate", [LOOPBACK]).save(self._work / "gate.pem")
         (self._work / "inner.crt").write_bytes(pem(root.certificate))
         self.identity.save(self._work / "party.pem")
         (self._work / "authority.crt").write_bytes(pem(self.identity.authority))
@@ -95,7 +97,7 @@ class Seat:
             logger.info("node started towards %s", self.address)
             while self._node.poll() is None:
                 await asyncio.sleep(0.2)
-            launch.end(self._node)
+            await asyncio.to_thread(children.end, self._node)
             lasted = asyncio.get_running_loop().time() - began
             pause = SOONEST if lasted > LATEST else min(2 * pause, LATEST)
             logger.warning("the node has ended; it is started again in %.0f seconds", pause)

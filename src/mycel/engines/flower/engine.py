@@ -9,27 +9,27 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from mycel.engines.engine import Arrival, Pending, Request
+from mycel.engines.gathered import Gathered
 from mycel.engines.line import Control, hang_up, receive, send
 from mycel.errors import EngineError
+from mycel.wire.shelf import Frame
 
 PART = 1 << 26  # bytes of a frame that travel in one message
 
 
 @dataclass
 class Errand:
-    """One request on its way: what is still to be sent of the brief, and what has come of the answer."""
+    """One request on its way: how much of the brief is sent, and what has come of the answer."""
 
     request: Request
-    left: deque[bytes] = field(default_factory=deque)
-    come: bytearray = field(default_factory=bytearray)
-    gone: bool = False
+    sent: int = 0
+    come: Gathered = field(default_factory=Gathered)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class FlowerEngine:
         """Only experience can tell."""
         return None
 
-    def _send(self, address: int | None, control: Control, frame: bytes = b"") -> int:
+    def _send(self, address: int | None, control: Control, frame: bytes | memoryview = b"") -> int:
         self._tags += 1
         target = {} if address is None else {"address": str(address)}
         try:
@@ -98,19 +98,16 @@ class FlowerEngine:
 
     def ask(self, request: Request, home: bytes | None = None) -> None:
         """Send a request; what a party has at home it keeps itself."""
-        size = self.part
-        parts = [request.frame[start : start + size] for start in range(0, len(request.frame), size)] or [b""]
-        self._forward(Errand(request, deque(parts)))
+        self._forward(Errand(request))
 
     def _forward(self, errand: Errand) -> None:
         """Send the next part of a brief; the last one is the question."""
-        part = errand.left.popleft()
-        verb = "part" if errand.left else "ask"
-        self._speak(
-            errand, {"verb": verb, "offset": len(errand.request.frame) - len(part) - sum(map(len, errand.left))}, part
-        )
+        offset, whole = errand.sent, errand.request.frame
+        errand.sent = min(offset + self.part, len(whole))
+        verb = "ask" if errand.sent == len(whole) else "part"
+        self._speak(errand, {"verb": verb, "offset": offset}, memoryview(whole)[offset : errand.sent])
 
-    def _speak(self, errand: Errand, control: Control, part: bytes = b"") -> None:
+    def _speak(self, errand: Errand, control: Control, part: bytes | memoryview = b"") -> None:
         about = {"node": errand.request.node, "generation": errand.request.generation, "size": self.part}
         tag = self._send(self.addresses[errand.request.node], {**control, **about}, part)
         self._errands[tag] = errand
@@ -148,32 +145,32 @@ class FlowerEngine:
             self._arrive(errand, refusal="its answer is not laid out as one")
         elif "refusal" in said:
             self._arrive(errand, refusal=str(said["refusal"])[:500])
-        elif errand.left:
+        elif errand.sent < len(errand.request.frame):
             self._forward(errand)
         else:
             self._gather(errand, said, frame)
 
     def _gather(self, errand: Errand, said: Control, frame: bytes) -> None:
         """Add a part of an answer to what has come, and ask for the next until all is there."""
-        total, come = said.get("total"), len(errand.come) + len(frame)
+        total = said.get("total")
         if type(total) is not int or not 0 <= total <= self.most:
             self._arrive(
                 errand, refusal=f"its answer claims {str(total)[:40]} bytes; at most {self.most:,} are accepted"
             )
-        elif len(frame) != min(self.part, total - len(errand.come)):
+        elif len(frame) != min(self.part, total - errand.come.length):
             self._arrive(
                 errand, refusal=f"a part of its answer has {len(frame):,} bytes, which is not what was asked for"
             )
-        elif come < total:
-            errand.come += frame
-            self._speak(errand, {"verb": "more", "offset": come})
         else:
-            whole = bytes(errand.come + frame) if errand.come else frame
+            errand.come.add(frame)
+            if errand.come.length < total:
+                self._speak(errand, {"verb": "more", "offset": errand.come.length})
+                return
             seconds = said.get("seconds")
-            self._arrive(errand, whole, seconds=seconds if isinstance(seconds, int | float) else 0.0)
+            self._arrive(errand, errand.come.frame(), seconds=seconds if isinstance(seconds, int | float) else 0.0)
 
     def _arrive(
-        self, errand: Errand, frame: bytes = b"", refusal: str = "", left: bool = False, seconds: float = 0.0
+        self, errand: Errand, frame: Frame = b"", refusal: str = "", left: bool = False, seconds: float = 0.0
     ) -> None:
         request, at = errand.request, self.now()
         started = max(request.asked, at - seconds) if 0 <= seconds <= at else at

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from mycel.engines.children import LOOPBACK, free_port, start
 from mycel.engines.line import LINE
 from mycel.errors import EngineError, ExtraMissing
 
 POLL = 0.1  # seconds after which Flower's executor looks for a message again; a second by default
 SUPERLINK = "mycel"  # name of the connection in Flower's configuration
-LOOPBACK = "127.0.0.1"
 
 PROJECT = """[project]
 name = "mycel"
@@ -70,45 +66,6 @@ def environment(home: Path, line: Path | None = None) -> dict[str, str]:
     return found | ({LINE: str(line)} if line else {})
 
 
-def start(command: list[str], home: Path, log: Path, line: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, its words in ``log``; it ends with this process, however that ends."""
-    with log.open("ab") as words:
-        return subprocess.Popen(
-            command,
-            env=environment(home, line),
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-
-
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel signal this process once its parent has ended, however it ended."""
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a program and whatever it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            process.wait(5)
-            if number is signal.SIGKILL:
-                return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
 def superlink(home: Path, port: int, files: Certificates | None, line: Path) -> subprocess.Popen[bytes]:
     """Start a SuperLink on the loopback; with certificates only nodes with a registered key may join."""
     command = ["flower-superlink", "--host", LOOPBACK, "--port", str(port), "--disable-runtime-dependency-installation"]
@@ -119,7 +76,7 @@ def superlink(home: Path, port: int, files: Certificates | None, line: Path) -> 
         command += ["--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)]
         command += ["--ssl-ca-certfile", str(files.authority), "--enable-supernode-auth"]
     _configure(home, port, files)
-    return start(command, home, home / "superlink.log", line)
+    return start(command, environment(home, line), home / "superlink.log")
 
 
 def _configure(home: Path, port: int, files: Certificates | None) -> None:
@@ -148,7 +105,7 @@ def supernode(
     command += ["--node-config", f'mycel="{line}"']
     command += ["--root-certificates", str(authority)] if authority else ["--insecure"]
     command += ["--auth-supernode-private-key", str(key)] if key else []
-    return start(command, home, home / "supernode.log")
+    return start(command, environment(home), home / "supernode.log")
 
 
 def flwr(home: Path, *arguments: str) -> dict[str, object]:

@@ -1,0 +1,249 @@
+"""A round over Flower: Mycel's federation against a bare Flower app that sends the same bytes, beyond local work.
+
+Both run on a SuperLink and two SuperNodes on the loopback, over TLS with authenticated nodes, and work is nothing: a
+party answers with as many bytes as it was sent. The bare app is written as Flower's documentation shows, one array
+record each way, its replies polled with ``send_and_receive``. Goal: at most 1.1 times its seconds per round.
+
+``--big`` instead streams one answer of 1 GB from each of two parties and reports the peak memory at the coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common import Peak, arguments, proportional_bytes, show
+from mycel.engines import children
+from mycel.engines.flower import launch
+from mycel.engines.flower.engine import FlowerEngine
+from mycel.engines.line import Control, listen, opened
+from mycel.guard.keys import Identity
+from mycel.run.hub import Hub
+from mycel.run.keyring import Keyring
+from mycel.run.place import read_post
+from mycel.run.seat import Seat
+from mycel.testing.engines import request
+
+PARTIES = ("one", "two")
+ROUNDS = 5
+BARE = """
+import json, sys, time
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.query()
+def answer(message, context):
+    return Message(RecordDict({"frame": message.content["frame"]}), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    frame = bytes(int(context.run_config["size"]))
+    while len(nodes := list(grid.get_node_ids())) < 2:
+        time.sleep(0.5)
+    seconds = []
+    for number in range(int(context.run_config["rounds"])):
+        began = time.perf_counter()
+        record = ArrayRecord({"bytes": Array("uint8", (len(frame),), "bytes", frame)})
+        messages = [Message(RecordDict({"frame": record}), dst_node_id=node, message_type="query") for node in nodes]
+        replies = list(grid.send_and_receive(messages))
+        assert all(len(reply.content["frame"]["bytes"].data) == len(frame) for reply in replies)
+        seconds.append(time.perf_counter() - began)
+    with open(context.run_config["out"], "w") as file:
+        json.dump(seconds, file)
+"""
+
+
+class Mirror:
+    """Answers with what it was sent, or with as many bytes as it is told."""
+
+    def describe(self, arm: str, job: str, node: int) -> Control:
+        """Take part in everything."""
+        return {"samples": 1}
+
+    def handle(self, arm: str, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
+        """Work is nothing."""
+        return (bytes(int(frame[4:-1])), b"") if frame[:4] == b"big " else (frame, b"")
+
+
+def party(address: str, key: str) -> None:
+    """Be a party, in a process of its own."""
+    identity = Identity.load(Path(key))
+    asyncio.run(Seat(address, identity.name, identity, Mirror()).run())
+
+
+def coordinator(address: str, keys: str) -> None:
+    """Be the coordinator, in a process of its own."""
+    asyncio.run(Hub(address, Path(keys)).run())
+
+
+@contextmanager
+def federation(folder: Path) -> Iterator[tuple[str, int]]:
+    """Start a coordinator and two parties; yield its address and the coordinator's process."""
+    os.environ["MYCEL_STATE"] = str(folder / "state")
+    address = f"127.0.0.1:{children.free_port()}"
+    Keyring.make(folder / "keys", ["127.0.0.1"], PARTIES)
+    commands = [["--be", "coordinator", "--where", address, "--key", str(folder / "keys")]]
+    commands += [
+        ["--be", "party", "--where", address, "--key", str(folder / f"keys/parties/{name}.pem")] for name in PARTIES
+    ]
+    started = [
+        children.start([sys.executable, __file__, *command], dict(os.environ), folder / f"{number}.log")
+        for number, command in enumerate(commands)
+    ]
+    try:
+        while True:
+            try:
+                read_post(address)
+                break
+            except Exception:
+                time.sleep(0.2)
+        yield address, started[0].pid
+    finally:
+        for process in reversed(started):
+            children.end(process)
+
+
+async def rounds(address: str, frame: bytes, count: int) -> list[float]:
+    """Return the seconds of each of ``count`` rounds."""
+    post = read_post(address)
+    home = Path(os.environ["MYCEL_STATE"]) / "coordinators" / address.replace(":", "_")
+    with listen(Path(post.line)) as door:
+        door.setblocking(False)
+        dialled = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(door))
+        await asyncio.to_thread(launch.submit, home, f"measure {time.time()}")
+        engine = FlowerEngine(opened((await dialled)[0]), list(post.seats.values()))
+    while len(await engine.nodes()) < len(PARTIES):
+        await asyncio.sleep(0.5)
+    seconds = []
+    for number in range(count):
+        began = time.perf_counter()
+        for node in range(len(PARTIES)):
+            engine.ask(request(engine, node, number * 10 + node, frame[:-1] + bytes([number])))
+        for _ in PARTIES:
+            arrival = await engine.answer(None)
+            assert arrival is not None
+            assert not arrival.refusal, arrival.refusal
+        seconds.append(time.perf_counter() - began)
+    await engine.close()
+    return seconds
+
+
+def bare(folder: Path, size: int, count: int) -> list[float]:
+    """Return the seconds of each round of the bare app, on a SuperLink and SuperNodes without anything of ours."""
+    from mycel.guard.keys import issue, make_authority, openssh_private, openssh_public, pem, spki
+
+    folder.mkdir()
+    root = make_authority("bare")
+    own = issue(root, "superlink", ["127.0.0.1"])
+    files = launch.Certificates(folder / "s.crt", folder / "s.key", folder / "ca.crt")
+    for path, content in (
+        (files.certificate, pem(own.certificate)),
+        (files.key, pem(own.key)),
+        (files.authority, pem(root.certificate)),
+    ):
+        path.write_bytes(content)
+    port = children.free_port()
+    started = [launch.superlink(folder, port, files, folder / "unused")]
+    (folder / "app" / "mycel_apps.py").write_text(BARE)
+    project = (folder / "app" / "pyproject.toml").read_text().replace('job = ""', 'size = 0\nrounds = 0\nout = ""')
+    (folder / "app" / "pyproject.toml").write_text(project)
+    try:
+        time.sleep(8)
+        for name in PARTIES:
+            home, key = folder / name, issue(root, name).key
+            home.mkdir()
+            (home / "key").write_bytes(openssh_private(key))
+            (home / "key.pub").write_bytes(openssh_public(spki(key.public_key())))
+            launch.register(folder, home / "key.pub")
+            started.append(
+                launch.supernode(home, f"127.0.0.1:{port}", files.authority, home / "key", folder / "unused")
+            )
+        out = folder / "seconds.json"
+        (folder / "run.toml").write_text(f'size = {size}\nrounds = {count}\nout = "{out}"\n')
+        launch.flwr(folder, "run", str(folder / "app"), launch.SUPERLINK, "--run-config", str(folder / "run.toml"))
+        while not out.exists() or not out.read_text():
+            time.sleep(0.5)
+        found: list[float] = json.loads(out.read_text())
+        return found
+    finally:
+        for process in reversed(started):
+            children.end(process)
+
+
+def compare(size: int, count: int) -> dict[str, Any]:
+    """Measure both, one after the other."""
+    with tempfile.TemporaryDirectory() as name:
+        with federation(Path(name)) as (address, _):
+            ours = asyncio.run(rounds(address, bytes(size), count))[1:]
+        theirs = bare(Path(name) / "bare", size, count)[1:]
+    return {
+        "megabytes": size / 1e6,
+        "rounds": len(ours),
+        "mycel_s": statistics.median(ours),
+        "flower_s": statistics.median(theirs),
+        "ratio": statistics.median(ours) / statistics.median(theirs),
+    }
+
+
+def big(size: int) -> dict[str, Any]:
+    """Stream one long answer from each party and watch the memory of the coordinator's processes."""
+    with tempfile.TemporaryDirectory() as name, federation(Path(name)) as (address, pid):
+        peak, stop = Peak(), threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.2):
+                hub = psutil.Process(pid)
+                here = [psutil.Process(), hub, *hub.children(recursive=True)]
+                peak.bytes = max(peak.bytes, sum(proportional_bytes(process.pid) for process in here))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        seconds = asyncio.run(rounds(address, b"big %d" % size + b" ", 1))
+        stop.set()
+        watcher.join()
+    return {
+        "gigabytes": size / 1e9,
+        "seconds": seconds[0],
+        "peak_gb": peak.bytes / 1e9,
+        "times_the_update": peak.bytes / size,
+    }
+
+
+def main() -> None:
+    """Compare at 1 MB and at 100 MB, or be one of the processes."""
+    options = arguments(
+        __doc__ or "",
+        be={"choices": ["coordinator", "party"]},
+        where={"default": ""},
+        key={"default": ""},
+        megabytes={"type": int, "nargs": "+", "default": [1, 100]},
+        rounds={"type": int, "default": ROUNDS},
+        big={"type": int, "default": 0, "metavar": "MB"},
+    )
+    if options.be:
+        (coordinator if options.be == "coordinator" else party)(options.where, options.key)
+        return
+    if options.big:
+        show("one answer from each of two parties", [big(options.big * 10**6)], options.json)
+        return
+    rows = [compare(size * 10**6, options.rounds) for size in options.megabytes]
+    show("a round beyond local work, two parties, TLS on the loopback", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Programs as child processes, which end with whoever started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, last_word: int = signal.SIGKILL
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, its words in ``log``; once this process ends it gets ``last_word``."""
+    with log.open("ab") as words:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, last_word),
+        )
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel signal this process once its parent has ended, however it ended."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a program and whatever it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(5)
+            if number is signal.SIGKILL:
+                return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,170 @@
+"""A federation of real processes and sockets on the loopback: what it comes to, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("flwr", reason="the federation extra is not installed")
+
+from mycel.data.parties import PartyData, load_parties
+from mycel.recipe import load_recipe
+from mycel.run.demo import PROGRAM, Village, village
+from mycel.run.execute import run_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+RECIPE = [
+    'data.parties="dirichlet(0.5)"',
+    "data.count=3",
+    "data.examples=24",
+    "data.held_out=8",
+    "compare=[]",
+    "model.base=micro",
+    "rounds.count=3",
+    "rounds.local_steps=2",
+    "trainable.rank=64",  # adapters of 0.6 MB, beside which what Flower adds to a message is small
+]
+Events = list[dict[str, Any]]
+
+
+@dataclass
+class Going:
+    """A run in a process of its own."""
+
+    village: Village
+    out: Path
+    process: subprocess.Popen[bytes]
+
+    def events(self) -> Events:
+        path = self.out / "events.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def until(self, seen: Callable[[Events], bool]) -> None:
+        """Wait for something in the log, or for the end."""
+        while self.process.poll() is None and not seen(self.events()):
+            time.sleep(0.1)
+
+    def finish(self) -> dict[str, Any]:
+        assert self.process.wait() == 0, self.words()
+        found: dict[str, Any] = json.loads((self.out / "result.json").read_text())
+        return found
+
+    def words(self) -> str:
+        return (self.village.folder / "run.log").read_text()[-2000:]
+
+
+def go(made: Village, out: Path, *arguments: str) -> Going:
+    options = ("--out", str(out), "--on", made.address, *arguments)
+    return Going(made, out, made.start("run", "quickstart", *RECIPE, *options, log="run"))
+
+
+def rounds(events: Events) -> int:
+    return sum(event["event"] == "round" for event in events)
+
+
+def in_the_middle_of(number: int) -> Callable[[Events], bool]:
+    """Whether some but not all answers of a round have come."""
+    return lambda events: rounds(events) == number - 1 and bool(events) and events[-1]["event"] == "answer"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Village]:
+    recipe = load_recipe("quickstart", RECIPE)
+    parties: list[PartyData] = load_parties(recipe.data, recipe.seed)
+    with village(tmp_path_factory.mktemp("v"), parties) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    recipe = load_recipe("quickstart", [*RECIPE, "engine.workers=0"])
+    return run_recipe(recipe, tmp_path_factory.mktemp("reference") / "run")
+
+
+def test_three_nodes_come_to_the_state_of_one_process(made: Village, reference: dict[str, Any], tmp_path: Path) -> None:
+    result = go(made, tmp_path / "run").finish()
+    assert result["state_sha256"] == reference["state_sha256"]
+    assert result["bytes"]["by_purpose"] == reference["bytes"]["by_purpose"]
+    assert [entry["loss"] for entry in result["rounds"]] == [entry["loss"] for entry in reference["rounds"]]
+    assert result["dropped"] == {"late": 0, "invalid": 0, "lost": 0}
+    assert (tmp_path / "run" / "report.html").exists()
+    time.sleep(1.5)  # the gate writes its ledger once a second
+    done = subprocess.run(
+        [*PROGRAM, "status", made.address, "--json"], env=made.environment, capture_output=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["secure"]
+    assert found["parties"] == ["party-0", "party-1", "party-2"]
+    assert found["run"]["round"] == found["run"]["rounds"] == 3
+    for name, counted in result["bytes"]["per_party"].items():
+        gate = found["gate"]["traffic"][name]
+        for way, side in (("up", "received"), ("down", "sent")):
+            assert counted[way] <= gate[side]["parcels"] <= 1.05 * counted[way], (name, way)
+
+
+def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(
+    made: Village, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    going = go(made, tmp_path / "run")
+    going.until(in_the_middle_of(2))
+    going.process.kill()
+    going.process.wait()
+    assert rounds(going.events()) == 1
+    going = go(made, tmp_path / "run", "--resume")
+    going.until(in_the_middle_of(3))
+    assert made.coordinator is not None
+    (link,) = [
+        child for child in psutil.Process(made.coordinator.pid).children() if "flower-superlink" in child.cmdline()[1]
+    ]
+    os.kill(link.pid, signal.SIGKILL)
+    assert going.process.wait() == 1
+    assert "--resume" in going.words()
+    result = go(made, tmp_path / "run", "--resume").finish()
+    assert result["state_sha256"] == reference["state_sha256"]
+    assert [entry["loss"] for entry in result["rounds"]] == [entry["loss"] for entry in reference["rounds"]]
+    assert [event["round"] for event in going.events() if event["event"] == "round"] == [1, 2, 3]
+
+
+def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: Path) -> None:
+    made.leave("party-2")
+    consent = tmp_path / "consent.toml"
+    consent.write_text("rows = 10\n")
+    made.join("party-2", "--consent", str(consent))
+    going = go(made, tmp_path / "run")
+    assert going.process.wait() == 1
+    assert "uses up to 24 rows (data.examples), and this party's rows allows 10" in going.words()
+    (drop,) = [event for event in going.events() if event["event"] == "drop"]
+    assert (drop["node"], drop["reason"]) == ("party-2", "declined")
+    (log,) = (made.folder / "state" / "parties").glob("*party-2/party.log")
+    assert "rows allows 10" in log.read_text()
+    made.leave("party-2")
+    made.join("party-2")
+
+
+def test_the_run_goes_on_when_parties_are_killed_or_paused(made: Village, tmp_path: Path) -> None:
+    going = go(made, tmp_path / "run", "rounds.count=5", "rounds.quorum=0.6", "rounds.patience=1")
+    going.until(in_the_middle_of(2))
+    made.parties["party-2"].kill()  # for good
+    going.until(lambda events: rounds(events) == 2)
+    os.killpg(made.parties["party-1"].pid, signal.SIGSTOP)
+    going.until(lambda events: any(event.get("reason") == "lost" and event["node"] == 1 for event in events))
+    os.killpg(made.parties["party-1"].pid, signal.SIGCONT)
+    result = going.finish()
+    events = going.events()
+    assert [event["round"] for event in events if event["event"] == "round"] == [1, 2, 3, 4, 5]
+    answers = [(event["round"], event["node"]) for event in events if event["event"] == "answer"]
+    assert len(answers) == len(set(answers))
+    assert result["dropped"]["lost"] >= 2
+    assert all(event["answers"] >= 1 for event in events if event["event"] == "round")
+    assert any(event["event"] == "answer" and event["node"] == 1 and event["round"] >= 3 for event in events)
