@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mycel.cli.demo import demo_app
+from mycel.cli.fleet import fleet_app
 from mycel.cli.keys import keys_app
 from mycel.cli.serving import add_commands
 from mycel.cli.swarming import add_swarm_commands
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(demo_app, name="demo")
+app.add_typer(fleet_app, name="fleet")
 add_commands(app)
 add_swarm_commands(app)
 INTERRUPTED = 130  # the exit status that typer makes of a keyboard interrupt
@@ -78,11 +80,17 @@ def run(
 
 
 @app.command(epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
-def plan(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a recipe will cost before it runs: steps, bytes, memory and time of each party."""
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    fleet: Annotated[str, typer.Option(help="A built-in fleet or a fleet.toml; default: the recipe's.")] = "",
+    least: Annotated[str, typer.Option(help="What an island's plan makes least: seconds, joules, money.")] = "seconds",
+    as_json: AsJson = False,
+) -> None:
+    """Say who does what and what it will cost before it runs: seconds, bytes, memory, joules and money."""
     from mycel.cli.plan import plan_command
 
-    plan_command(recipe, overrides or [], as_json)
+    plan_command(recipe, overrides or [], as_json, fleet, least)
 
 
 @app.command(epilog="Example: mycel systems --json")

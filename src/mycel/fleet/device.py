@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Link:
-    """A link as seen from the device: rates in megabits per second, latency in milliseconds one way."""
+    """A link as seen from the device: rates in megabits per second, latency in milliseconds one way, money per GiB."""
 
     up_mbps: float = 20.0
     down_mbps: float = 100.0
     latency_ms: float = 20.0
+    price_per_gib: float = 0.0
 
     def up_seconds(self, size: int) -> float:
         """Seconds for ``size`` bytes from the device to the coordinator."""
@@ -38,6 +39,8 @@ class Device:
         Memory it lends.
     watts : float
         Power drawn while it works.
+    price_per_hour : float
+        Money that an hour of it costs, in whatever currency the fleet counts.
     reliability : float
         Probability that an answer it was asked for is sent; the rest vanish without a word.
     """
@@ -46,6 +49,7 @@ class Device:
     gflops: float = 50.0
     memory_gib: float = 8.0
     watts: float = 30.0
+    price_per_hour: float = 0.0
     reliability: float = 1.0
     link: Link = field(default_factory=Link)
 

@@ -12,6 +12,7 @@ from typing import Any
 from mycel.errors import RecipeError
 from mycel.fleet.device import Device, Fleet, Link
 
+MAY_BE_ZERO = {"latency_ms", "price_per_gib", "price_per_hour"}
 _HOME = Link(up_mbps=20, down_mbps=100, latency_ms=20)
 _OFFICE = Link(up_mbps=200, down_mbps=200, latency_ms=8)
 _MOBILE = Link(up_mbps=8, down_mbps=40, latency_ms=45)
@@ -105,6 +106,6 @@ def _numbers(table: dict[str, Any], kind: type[Device] | type[Link], where: str)
                 + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
             )
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (value == 0 and key != "latency_ms"):
+        if not number or value < 0 or (value == 0 and key not in MAY_BE_ZERO):
             raise RecipeError(f"{key} of {where} is {value!r}; a finite number above zero is needed")
     return {key: float(value) for key, value in table.items()}

@@ -44,6 +44,8 @@ class PartyPlan:
         Work alone, and with the transfers, on the party's device.
     peak_bytes : int
         Memory of the work.
+    joules, money : float
+        Of one round: the device's watts and price while it works, and its link's price for what travels.
     """
 
     name: str
@@ -55,6 +57,8 @@ class PartyPlan:
     compute_seconds: float
     round_seconds: float
     peak_bytes: int
+    joules: float
+    money: float
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ def _party(world: World, fleet: Fleet, node: Node, brief: Parcel, site: Site) ->
             f"party {node.name!r} needs {peak / GIB:.1f} GiB on {device.name!r}, which has {device.memory_gib:g}: "
             "try a smaller training.batch_size, data.max_length or trainable.rank"
         )
-    return PartyPlan(node.name, device.name, node.samples, node.rank, down, up, compute, seconds, peak)
+    joules = compute * device.watts
+    money = seconds / 3600 * device.price_per_hour + (down + (up or 0)) / GIB * device.link.price_per_gib
+    return PartyPlan(node.name, device.name, node.samples, node.rank, down, up, compute, seconds, peak, joules, money)
 
 
 def peak_bytes(world: World, node: Node) -> int:

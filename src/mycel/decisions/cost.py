@@ -1,0 +1,197 @@
+"""What a layout costs on given devices: seconds, bytes, memory, energy and money of one step.
+
+Units: seconds, bytes, joules, and the fleet's own currency. With M micro-batches, P stages, D data, S sequence and N
+tensor ranks, R = D S replicas, and a stage's weights W (numbers of 4 bytes):
+
+    compute     a stage's flops / (D S N) / speed of its slowest device; a step: sum of the stages + (M - 1) slowest
+    FSDP        gathers of W for the way forward and, of blocks, again for the way back; one reduce-scatter of W:
+                each 4 W (R - 1) / R / N bytes a rank
+    tensor      4 all-reduces a block and micro-batch of its hidden states: 8 (N - 1) / N bytes a number
+    sequence    keys and values gathered and their gradients scattered: 4 x 4 (S - 1) bytes a number and block
+    pipeline    hidden states and their gradients to the neighbour: 4 bytes a number, each way
+    memory      4 x (W / R / N) x (value, gradient, 2 moments) + what is gathered at once + activations kept
+    energy      watts x seconds of the step, each device; money: price an hour x hours + price a GiB x GiB sent
+
+``Coefficients`` turn operations into seconds where a device's ``gflops`` alone would not do: `mycel fleet probe` and
+``benchmarks/planner.py`` fit them. Sources: Narayanan et al. 2021 (pipeline bubble, tensor-parallel traffic);
+Zhao et al. 2023 (FSDP); docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mycel.decisions.graph import Graph
+from mycel.fleet.device import Device
+from mycel.recipe.schema import Layout
+
+NUMBER = 4  # bytes of a float32
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How this kind of machine departs from its nominal speed.
+
+    Attributes
+    ----------
+    operation : float
+        Seconds that a block's pass costs whatever its size: its kernels' launches.
+    call : float
+        Seconds that a collective costs whatever its size, for each rank in it.
+    activation : float
+        Factor on the activations' bytes.
+    """
+
+    operation: float = 0.0
+    call: float = 0.0
+    activation: float = 1.0
+
+
+NOMINAL = Coefficients()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is made of: rows of a step over all ranks, and the model's chain."""
+
+    graph: Graph
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """One rank's part of a step."""
+
+    seconds: float
+    bytes: float
+    calls: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a step of a layout will take.
+
+    Attributes
+    ----------
+    ranks : tuple of RankCost
+        By place: pipeline outermost, then data, sequence, tensor.
+    """
+
+    seconds: float
+    ranks: tuple[RankCost, ...]
+    joules: float
+    money: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> float:
+        """Sent by all ranks together."""
+        return sum(rank.bytes for rank in self.ranks)
+
+    @property
+    def memory(self) -> float:
+        """Of the rank that needs most."""
+        return max(rank.memory for rank in self.ranks)
+
+
+def predict(
+    work: Work, layout: Layout, split: Sequence[int], devices: Sequence[Device], known: Coefficients
+) -> Predicted:
+    """Return the cost of one step; ``devices`` are the ranks' by place, ``split`` the stages' blocks."""
+    inside = layout.data * layout.sequence * layout.tensor
+    stages = [devices[stage * inside : (stage + 1) * inside] for stage in range(layout.pipeline)]
+    micro = [stage_seconds(work, layout, split, place, stages[place], known) for place in range(layout.pipeline)]
+    compute = sum(micro) + (layout.micro_batches - 1) * max(micro)
+    ranks, exchange = [], 0.0
+    for place, held in enumerate(stages):
+        sent, calls = traffic(work, layout, split, place)
+        memory = memory_of(work, layout, split, place, known)
+        moving = max(transfer_seconds(device, sent, calls, known, layout) for device in held)
+        exchange = max(exchange, moving)
+        ranks += [RankCost(micro[place] * layout.micro_batches, sent, calls, memory)] * inside
+    seconds = compute + exchange
+    joules = seconds * sum(device.watts for device in devices)
+    money = seconds / 3600 * sum(device.price_per_hour for device in devices)
+    money += sum(rank.bytes / GIB * device.link.price_per_gib for rank, device in zip(ranks, devices, strict=True))
+    return Predicted(seconds, tuple(ranks), joules, money, {"compute": compute, "exchange": exchange})
+
+
+def stage_seconds(
+    work: Work, layout: Layout, split: Sequence[int], place: int, devices: Sequence[Device], known: Coefficients
+) -> float:
+    """Seconds of a stage for one micro-batch, forward and back, on the slowest of its devices."""
+    share = layout.data * layout.sequence * layout.tensor
+    tokens = work.batch_size * work.graph.length / layout.micro_batches
+    passes = 4.0 if layout.recompute else 3.0
+    flops = passes * split[place] * work.graph.blocks[0].flops * tokens / share
+    if place == layout.pipeline - 1:
+        # The head is not divided over the tensor ranks.
+        flops += 3.0 * work.graph.operators[-1].flops * tokens / (layout.data * layout.sequence)
+    slowest = min(device.gflops for device in devices)
+    return flops / (slowest * 1e9) + known.operation * passes * split[place]
+
+
+def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tuple[float, float]:
+    """Bytes that a rank of a stage sends in a step, and how many collective calls or messages it takes part in."""
+    graph, blocks = work.graph, split[place]
+    replicas, tensor, sequence = layout.data * layout.sequence, layout.tensor, layout.sequence
+    hidden = work.batch_size / layout.data * graph.length / sequence * graph.hidden * NUMBER
+    sent, calls = 0.0, 0.0
+    if replicas > 1:
+        ring = (replicas - 1) / replicas * NUMBER
+        within = blocks * sharded_block(graph, tensor)
+        times = 1 + layout.micro_batches if layout.pipeline == 1 else 2
+        sent += ring * (within * (times + 1) + 2 * outside_weights(graph, layout, place))
+        calls += 3 * blocks + 2
+    if tensor > 1:
+        sent += 4 * blocks * hidden * 2 * (tensor - 1) / tensor
+        calls += 4 * blocks * layout.micro_batches
+    if sequence > 1:
+        sent += 4 * blocks * hidden / tensor * (sequence - 1)
+        calls += 4 * blocks * layout.micro_batches
+    if layout.pipeline > 1:
+        sides = (place < layout.pipeline - 1) + (place > 0)
+        sent += hidden * sides
+        calls += 2 * sides * layout.micro_batches
+    return sent, calls
+
+
+def sharded_block(graph: Graph, tensor: int) -> float:
+    """Numbers of a block that a tensor rank holds: its matrices' share, and its norms whole."""
+    norms = 2 * graph.hidden
+    return (graph.blocks[0].weights - norms) / tensor + norms
+
+
+def outside_weights(graph: Graph, layout: Layout, place: int) -> float:
+    """Numbers of the embedding, final norm and head that a stage holds."""
+    first, last = place == 0, place == layout.pipeline - 1
+    table = graph.vocabulary * graph.hidden
+    tables = 1 if first and last and graph.tied else int(first) + int(last)
+    return float(tables * table + (graph.hidden if last else 0))
+
+
+def memory_of(work: Work, layout: Layout, split: Sequence[int], place: int, known: Coefficients) -> float:
+    """Bytes of tensors that a rank of a stage holds at once, at most."""
+    graph, blocks = work.graph, split[place]
+    replicas = layout.data * layout.sequence
+    block, outside = sharded_block(graph, layout.tensor), outside_weights(graph, layout, place)
+    own = (blocks * block + outside) / replicas
+    gathered = (outside + 2 * block) if replicas > 1 else 0.0
+    tokens = work.batch_size / layout.data / layout.micro_batches * graph.length / layout.sequence
+    flying = min(layout.micro_batches, layout.pipeline - place) if layout.schedule == "1f1b" else layout.micro_batches
+    flying = 1 if layout.pipeline == 1 else flying
+    one = graph.blocks[0]
+    kept = blocks * (one.leaves if layout.recompute else one.kept / layout.tensor + one.leaves)
+    kept += one.kept / layout.tensor if layout.recompute else 0.0
+    if place == layout.pipeline - 1:
+        kept += graph.operators[-1].kept
+    return NUMBER * (4 * own + gathered + known.activation * tokens * flying * kept)
+
+
+def transfer_seconds(device: Device, sent: float, calls: float, known: Coefficients, layout: Layout) -> float:
+    """Seconds that a device's share of the traffic takes on its link."""
+    link = device.link
+    return calls * (known.call + link.latency_ms / 1e3) + 8e-6 * sent / min(link.up_mbps, link.down_mbps)

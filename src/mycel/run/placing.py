@@ -1,0 +1,64 @@
+"""What `mycel plan` says of an island's recipe: who does what, what a step costs, and who stays out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mycel.decisions.cost import Work
+from mycel.decisions.graph import graph_of
+from mycel.decisions.planner import Placement, Plans, Task, left_out
+from mycel.fleet import load_fleet
+from mycel.models.sizes import SIZES
+from mycel.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class IslandPlan:
+    """The best placements of a recipe over a fleet, the least cost first, and why devices stay out."""
+
+    steps: int
+    placements: list[Placement]
+    left_out: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what ``mycel plan --json`` prints."""
+        return {
+            "steps": self.steps,
+            "plans": [
+                {
+                    "layout": placement.layout.model_dump(mode="json"),
+                    "split": list(placement.split),
+                    "devices": [device.name for device in placement.devices],
+                    "step": {
+                        "seconds": placement.predicted.seconds,
+                        "bytes": placement.predicted.bytes,
+                        "joules": placement.predicted.joules,
+                        "money": placement.predicted.money,
+                        **placement.predicted.parts,
+                    },
+                    "ranks": [asdict(rank) for rank in placement.predicted.ranks],
+                }
+                for placement in self.placements
+            ],
+            "left_out": self.left_out,
+        }
+
+
+def plan_island(recipe: Recipe, objective: str = "seconds") -> IslandPlan:
+    """Plan the layout of an island's recipe over its fleet; nothing is trained and no data is read."""
+    config = _config(recipe.model.base)
+    work = Work(graph_of(config, recipe.data.max_length), recipe.training.batch_size)
+    task = Task(work, config, load_fleet(recipe.fleet.devices).devices, objective=objective)
+    plans = Plans().ranked(task)
+    return IslandPlan(recipe.rounds.count, plans, left_out(task, plans[0]))
+
+
+def _config(base: str) -> Any:
+    if base in SIZES:
+        return SIZES[base].config()
+    from transformers import AutoConfig
+
+    from mycel.models.base import find_base
+
+    return AutoConfig.from_pretrained(find_base(base), local_files_only=True)
