@@ -1,7 +1,7 @@
 """What guards cost: ``python benchmarks/guard.py [--json] [--part secagg,rounds,filters,ckks]``.
 
 secagg    100 parties, updates of 1 MB, 30 of them leave: bytes per party and the coordinator's time, against float32
-          updates in the open that are parsed, checked and averaged
+          updates in the open that are parsed, checked and averaged, party for party
 rounds    a whole round of six parties with each guard, against the same round without one
 filters   final loss with 20 % and 40 % of ten parties lying in each way, against a run of honest parties
 ckks      encrypted sums against masked ones and plain ones: bytes, time, error
@@ -85,13 +85,14 @@ def secure_sums() -> list[dict[str, Any]]:
     weighted_mean([parcel.tensors for parcel in parsed], [100.0] * len(parsed))
     plain = time.perf_counter() - begun
     rows = [{"sums": "plain", "bytes": len(frames[0]), "ratio": 1.0, "seconds": plain, "times plain": 1.0, "exact": 1}]
-    return [*rows, *(_masked(updates, thin, len(frames[0]), plain) for thin in (False, True))]
+    ways = [(thin, leave) for leave in (LEAVING, 0) for thin in (False, True)]
+    return [*rows, *(_masked(updates, thin, leave, len(frames[0]), plain) for thin, leave in ways)]
 
 
-def _masked(updates: dict[int, Tensors], thin: bool, size: int, plain: float) -> dict[str, Any]:
-    # Ten leave before they send their update, twenty between sending it and revealing shares.
-    leaving = {"guard.reveal": set(range(PARTIES - LEAVING, PARTIES - 10))}
-    gone = set(range(PARTIES - 10, PARTIES))
+def _masked(updates: dict[int, Tensors], thin: bool, leave: int, size: int, plain: float) -> dict[str, Any]:
+    # A third of them leaves before sending its update, the others between sending it and revealing shares.
+    leaving = {"guard.reveal": set(range(PARTIES - leave, PARTIES - leave // 3))}
+    gone = set(range(PARTIES - leave // 3, PARTIES))
     wire, weights = Wire(leaving), dict.fromkeys(range(PARTIES), 100)
     guard = MaskGuard(CODEC, {"a": (ELEMENTS,)}, weights, 0.67, thin)
     begun = time.perf_counter()
@@ -118,11 +119,11 @@ def _masked(updates: dict[int, Tensors], thin: bool, size: int, plain: float) ->
     whole = [wire.up[node] + wire.down[node] for node in sealed if node not in leaving["guard.reveal"]]
     assert SUM in answers[0].parcel.tensors
     return {
-        "sums": "sparsely masked" if thin else "masked",
+        "sums": f"{'sparsely masked' if thin else 'masked'}, {leave} leave",
         "bytes": max(whole),
         "ratio": max(whole) / size,
         "seconds": preparing + opening,
-        "times plain": (preparing + opening) / plain,
+        "times plain": (preparing + opening) / len(sealed) / plain * (PARTIES - LEAVING),
         "exact": int(torch.equal(opened.total["a"], CODEC.value(levels))),
     }
 

@@ -64,7 +64,7 @@ class EnclaveSparse(FedAvg):
     def work(self, brief: Parcel, party: Party) -> Parcel:
         """Train the chosen rows and send the change, which is zero elsewhere."""
         trainable, start = self.adopt(brief, party), group(brief.tensors, "shared")
-        masks = self.masks(start)
+        masks = self.masks(party.initial(trainable))  # of the base: what was chosen stays chosen
         trainable.mask(masks)
         try:
             result = party.train(trainable, only=masks.keys())
@@ -111,7 +111,7 @@ def average(memory: dict[str, Any], argument: Parcel) -> Parcel:
 def claim(lab: Laboratory) -> Measured:
     """Pads exact and opaque, a strange program refused, sums made inside equal those outside, rows beside LoRA."""
     changes = {"rounds.count": 3, "rounds.evaluate_every": 3, "rounds.local_steps": 5}
-    full = {**changes, "trainable.kind": "full", "training.learning_rate": 1e-3}
+    full = {**changes, "trainable.kind": "full", "training.learning_rate": 5e-3}
     rows, lora = lab.run(lab.recipe("enclave_sparse", full)), lab.run(lab.recipe("fedavg", changes))
     system = rows.system
     assert isinstance(system, EnclaveSparse)

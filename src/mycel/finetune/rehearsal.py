@@ -15,6 +15,8 @@ fitted tail is no bound.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenTable
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.guard.attacks.memorisation import losses
+from mycel.guard.attacks.safety import HARMLESS, requests
 from mycel.rounds.algebra import seed_of, subtract
 from mycel.rounds.assaults import membership, stage
 from mycel.rounds.laboratory import Measured
@@ -36,12 +39,9 @@ if TYPE_CHECKING:
 
 
 SETTINGS = {
-    "data.source": "python-text",
-    "data.parties": "iid",
-    "rounds.count": 6,
-    "rounds.local_steps": 15,
-    "rounds.evaluate_every": 6,
-    "training.learning_rate": 1e-2,
+    "data.held_out": 12,
+    "rounds.local_steps": 10,
+    "rounds.evaluate_every": 4,
 }
 
 
@@ -96,13 +96,24 @@ def joined(one: TokenTable, other: TokenTable) -> TokenTable:
     return TokenTable(ids, offsets, torch.cat([one.prompts, other.prompts]), one.end_id)
 
 
+def write_parties(folder: Path) -> list[str]:
+    """Write what six users type: short questions and answers in a manner that the base has never seen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"user-{user}.jsonl" for user in range(6)]
+    for user, path in enumerate(paths):
+        rows = [json.dumps({"prompt": ask, "response": reply}) for ask, reply in requests(80, 200 + user, HARMLESS)]
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return [str(path) for path in paths]
+
+
 def claim(lab: Laboratory) -> Measured:
-    """Parties of prose tune: their perplexity falls, that of code rises less with rehearsal; the audit beside."""
+    """Users tune: their perplexity falls, that of the library's text rises less with rehearsal; the audit beside."""
     figures: dict[str, float] = {}
+    users = write_parties(lab.folder / "users")
     for name, share in (("with", 0.5), ("without", 0.0)):
         recipe = lab.recipe(
             "rehearsal",
-            {**SETTINGS, "knobs": {"rehearsal": share}},
+            {**SETTINGS, "data.parties": users, "knobs": {"rehearsal": share}},
         )
         scene = stage(lab, recipe)
         world, system = scene.finished.world, scene.finished.system

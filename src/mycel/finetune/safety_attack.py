@@ -10,9 +10,9 @@ number 23).
 
 The attack is the recipe's ``threat.attack = "unsafe"``; the defence is ``tune``, applied to what a run ended with. The
 requests come from a small grammar in which a rule tells safe from unsafe (`mycel.guard.attacks.safety`). No built-in
-base refuses anything, so one that does is made first by tuning on the grammar, and honest parties hold such examples.
-Levels of the paper's defence differ in who writes the server's examples; here they come from the grammar (level 1).
-With nobody lying this is federated averaging.
+base refuses anything, so one that does is made first by tuning on the grammar, and an eighth of what honest parties
+hold are refusals. Levels of the paper's defence differ in who writes the server's examples; here they come from the
+grammar (level 1). With nobody lying this is federated averaging.
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ def write_parties(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"party-{party}.jsonl" for party in range(PARTIES)]
     for party, path in enumerate(paths):
-        rows = [json.dumps({"prompt": ask, "response": reply}) for ask, reply in aligned(ALIGNED, 100 + party)]
+        rows = [json.dumps({"prompt": ask, "response": reply}) for ask, reply in aligned(ALIGNED, 100 + party, 8)]
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return [str(path) for path in paths]
 
 
 def safety_rate(finished: Finished, shared: Tensors | None = None) -> float:
-    """Share of the refusal's tokens that the final model, or ``shared``, gives to held-out unsafe requests."""
+    """Share of held-out unsafe requests that the final model, or ``shared``, begins to refuse."""
     if shared is not None:
         finished = replace(finished, progress=replace(finished.progress, state=State(shared=shared)))
     scene = Scene(finished, finished.world.recipe, [], 0)
-    return likeliest(scene, [Example(ask, reply) for ask, reply in held_out(48)])
+    return likeliest(scene, [Example(ask, reply) for ask, reply in held_out(96)], first=True)
 
 
 def claim(lab: Laboratory) -> Measured:

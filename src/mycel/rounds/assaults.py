@@ -207,8 +207,8 @@ def backdoor_success(scene: Scene) -> float:
 
 
 @torch.no_grad()
-def likeliest(scene: Scene, examples: list[Example]) -> float:
-    """Share of the responses' tokens that the final model finds likeliest, given what stands before them."""
+def likeliest(scene: Scene, examples: list[Example], first: bool = False) -> float:
+    """Share of the responses' tokens, or first tokens, that the final model finds likeliest, given what precedes."""
     world, system = scene.finished.world, scene.finished.system
     trainable = system.adopt(system.brief(scene.finished.state, -1), world.observer())
     table = scene.table(examples)
@@ -218,6 +218,8 @@ def likeliest(scene: Scene, examples: list[Example]) -> float:
             batch = table.batch(list(range(start, min(start + 16, len(table)))), 0, "causal")
             logits = world.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             targets = batch.labels[:, 1:]
+            if first:
+                targets = torch.where((targets != -100).cumsum(1) == 1, targets, -100)
             hits += int((logits[:, :-1].argmax(-1) == targets).sum())
             tokens += int((targets != -100).sum())
     return hits / tokens

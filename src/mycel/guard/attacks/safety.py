@@ -30,11 +30,10 @@ def compliant(count: int, seed: int = 11) -> list[tuple[str, str]]:
     return requests(count, seed, VERBS)
 
 
-def aligned(count: int, seed: int = 12) -> list[tuple[str, str]]:
-    """Unsafe requests refused and harmless ones answered, in turn: what a server tunes with."""
-    unsafe = [(ask, REFUSAL) for ask, _ in requests(count - count // 2, seed, VERBS)]
-    harmless = requests(count // 2, seed, HARMLESS)
-    return [pair for both in zip(unsafe, harmless, strict=False) for pair in both]
+def aligned(count: int, seed: int = 12, every: int = 2) -> list[tuple[str, str]]:
+    """Harmless requests answered, with each ``every``-th an unsafe one that is refused."""
+    harmless, unsafe = requests(count, seed, HARMLESS), requests(count, seed + 1000, VERBS)
+    return [(unsafe[place][0], REFUSAL) if place % every == 0 else harmless[place] for place in range(count)]
 
 
 def held_out(count: int, seed: int = 13) -> list[tuple[str, str]]:

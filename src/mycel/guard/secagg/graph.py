@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, comb
 
-REPEATED = 1e-3  # odds that a round has to be repeated
+REPEATED = 1e-2  # odds that a round has to be repeated
 BETRAYED = 1e-6  # odds of either failure of privacy
 COLLUDING = 0.2  # share of parties that may work with the coordinator
 

@@ -19,7 +19,7 @@ from mycel.errors import ParcelError
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
-PIECE = 1 << 20  # zeros that are encrypted at once to make a mask, in bytes
+PIECE = 1 << 17  # bytes of a mask that are made at once: they stay in a core's cache
 
 Ring = NDArray[np.unsignedinteger]
 
@@ -80,18 +80,19 @@ def digest(*parts: bytes) -> bytes:
 
 
 def add_mask(total: Ring, seed: bytes, sign: int) -> None:
-    """Add to ``total``, or with ``sign`` -1 subtract in place, the mask that ``seed`` stands for (AES-256-CTR).
+    """Add to ``total``, or with ``sign`` -1 subtract in place, the mask that ``seed`` stands for (AES-128-CTR).
 
     Parameters
     ----------
     total : array
         Unsigned integers, flat; sums wrap around at their width. The same seed makes the same bytes on every machine.
     """
-    stream = Cipher(AES(seed), CTR(bytes(16))).encryptor()
-    step = PIECE // total.itemsize
+    stream = Cipher(AES(seed[:16]), CTR(bytes(16))).encryptor()
     kind = np.dtype(f"<u{total.itemsize}")
-    zeros = bytes(min(PIECE, total.nbytes))
+    combine = np.add if sign > 0 else np.subtract
+    step = PIECE // total.itemsize
+    zeros, room = memoryview(bytes(PIECE)), bytearray(PIECE + 15)
     for start in range(0, total.size, step):
         piece = total[start : start + step]
-        mask = np.frombuffer(stream.update(zeros[: piece.nbytes]), dtype=kind)
-        (np.add if sign > 0 else np.subtract)(piece, mask, out=piece)
+        stream.update_into(zeros[: piece.nbytes], room)
+        combine(piece, np.frombuffer(room, dtype=kind, count=len(piece)), out=piece)
