@@ -11,7 +11,9 @@ from mycel.errors import RecipeError
 from mycel.guard.accounting import Releases, calibrate, epsilon
 from mycel.guard.example import Privacy, example_losses, train_private
 from mycel.guard.noise import next_bound, noise_source, perturb, split_noise
+from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from rounds_by_hand import SMALL
 
 
 @pytest.mark.parametrize(
@@ -159,3 +161,26 @@ def test_one_example_moves_private_training_by_no_more_than_the_bound(lab: Labor
         ends.append(trainable.state())
     gap = torch.cat([(ends[0][name] - value).flatten() for name, value in ends[1].items()]).norm()
     assert 0 < float(gap) <= bound * rate / 8 * 1.001
+
+
+def test_the_bound_follows_its_quantile_in_a_run_and_draws_are_independent(lab: Laboratory) -> None:
+    """Adaptive clipping moves the bound towards the norms; with a cohort of a half, rounds have unlike sizes."""
+    changes = {
+        "model.base": "micro",
+        **SMALL,
+        "data.count": 8,
+        "rounds.local_steps": 1,
+        "rounds.count": 8,
+        "rounds.cohort": 0.5,
+        "guard.private": "user",
+        "guard.noise": 1.0,
+        "guard.clip_norm": 1e-3,
+        "guard.within": 0.5,
+        "guard.replayable": True,
+    }
+    finished = lab.run(Recipe().replace(changes))
+    assert finished.guard["clip_norm"] > 1e-3
+    assert finished.guard["rounds"] == 8
+    assert len({entry["answers"] for entry in finished.progress.rounds}) > 1
+    whole = epsilon([Releases(1.0, 1.0, 8)], 1e-5)
+    assert finished.guard["epsilon"] == epsilon([Releases(1.0, 0.5, 8)], 1e-5) < whole

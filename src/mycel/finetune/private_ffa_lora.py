@@ -20,7 +20,7 @@ from mycel.rounds.laboratory import Measured
 if TYPE_CHECKING:
     from mycel.rounds.laboratory import Laboratory
 
-EPSILONS = (3.0, 12.0)
+EPSILONS = (8.0,)
 PRIVATE: dict[str, Any] = {
     "guard.private": "example",
     "guard.clip_norm": 0.5,
@@ -29,7 +29,7 @@ PRIVATE: dict[str, Any] = {
     "training.optimizer": "sgd",
     "training.clip_norm": 0.0,
 }
-RATES = {"private_ffa_lora": (4.0, 1.0), "fedavg": (4.0, 1.0, 0.25)}
+RATES = {"private_ffa_lora": (4.0, 1.0), "fedavg": (4.0, 1.0)}
 
 
 class PrivateFfaLora(FfaLora):

@@ -118,11 +118,12 @@ class Bytes(Traffic):
 
 
 class Dropped(Part):
-    """Answers that were not used, by reason."""
+    """Answers that were not used, by reason, and attempts at rounds whose hidden sum could not be opened."""
 
     late: Count = 0
     invalid: Count = 0
     lost: Count = 0
+    abandoned: Count = 0
 
 
 class Moment(Part):

@@ -250,9 +250,9 @@ def _counts(table: TokenTable, vocabulary: int) -> Tensor:
 GUARDS: dict[str, dict[str, Any]] = {
     "none": {},
     "masked sums": {"guard.sums": "sparsely-masked", "wire.codec": "fixed(16,0.5)"},
-    "user noise, epsilon 30": {"guard.private": "user", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
-    "example noise, epsilon 8": {"guard.private": "example", "guard.epsilon": 8.0, "guard.clip_norm": 1.0},
-    "local noise, epsilon 30": {"guard.private": "local", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
+    "user noise at epsilon 30": {"guard.private": "user", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
+    "example noise at epsilon 8": {"guard.private": "example", "guard.epsilon": 8.0, "guard.clip_norm": 1.0},
+    "local noise at epsilon 30": {"guard.private": "local", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
     "norm bound": {"guard.filter": "norm_bound(1.0)"},
     "median": {"guard.filter": "median"},
     "multi-Krum": {"guard.filter": "multi_krum(0.34)"},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from mycel.errors import ParcelError
 from mycel.guard.accounting import calibrate
@@ -53,8 +51,7 @@ class Sealing:
         update, others = group(answer.tensors, "update"), dict(answer.tensors)
         header = dict(answer.header)
         bound, within = float(terms.get("clip", guard.clip_norm)), True
-        # Of examples the bound is on gradients, and where the coordinator sees updates it clips them itself.
-        if bound and guard.private != "example" and not (guard.private == "user" and self.hidden is None):
+        if bound and clips_at_home(self.recipe):
             within = flat_norm(update) <= bound
             update = clip(update, bound)
         if guard.private == "local":
@@ -78,6 +75,14 @@ def is_letter(kind: str) -> bool:
     return kind.startswith(KIND)
 
 
+def clips_at_home(recipe: Recipe) -> bool:
+    """Whether parties bound their updates: not where the bound is on gradients, or where the coordinator clips."""
+    guard = recipe.guard
+    return (
+        bool(guard.clip_norm) and guard.private != "example" and not (guard.private == "user" and guard.sums == "plain")
+    )
+
+
 def noise_of(recipe: Recipe, odds: float = 1.0, steps: int = 1) -> float:
     """Return the noise multiplier that a recipe names, or that its epsilon comes to.
 
@@ -91,8 +96,3 @@ def noise_of(recipe: Recipe, odds: float = 1.0, steps: int = 1) -> float:
     guard = recipe.guard
     return guard.noise or calibrate(guard.epsilon, guard.delta, odds, steps * recipe.rounds.count)
 
-
-def terms_of(brief: Parcel) -> Mapping[str, Any]:
-    """What a brief says of the guard."""
-    found = brief.header.get("guard", {})
-    return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ from mycel.catalog import entry
 from mycel.errors import RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
+from mycel.rounds.sealing import clips_at_home
 
 
 class Consent(BaseModel):
@@ -57,6 +58,12 @@ class Consent(BaseModel):
         if self.clip_norm and not 0 < recipe.guard.clip_norm <= self.clip_norm:
             found = recipe.guard.clip_norm or "none"
             raise _beyond(f"clips updates to the norm {found}", f"clip_norm asks for {self.clip_norm:g} or less")
+        if self.clip_norm and (recipe.guard.within or not clips_at_home(recipe)):
+            raise _beyond(
+                "leaves the bound on updates to the coordinator", f"clip_norm asks for {self.clip_norm:g} here"
+            )
+        if recipe.threat.attack:
+            raise _beyond(f"has parties lie (threat.attack = {recipe.threat.attack!r})", "drills are for simulations")
 
     def check_memory(self, needed: int) -> None:
         """Refuse work whose estimated peak is beyond what may be used."""

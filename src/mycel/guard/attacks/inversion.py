@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 TOLERANCE = 1e-3  # relative energy that may lie outside of the span
 
@@ -44,6 +45,27 @@ def fit_inverse(hidden: Tensor, embeddings: Tensor, ridge: float = 1e-2) -> Tens
     return torch.linalg.solve(
         square + scale * torch.eye(len(square), dtype=torch.float64), lifted.T @ embeddings.double()
     )
+
+
+@torch.no_grad()
+def read_cut(model: PreTrainedModel, depth: int, public: Tensor, secret: Tensor) -> float:
+    """Share of a secret text's tokens that are read back from what crosses a cut after ``depth`` blocks.
+
+    Parameters
+    ----------
+    depth : int
+        0: the cut lies behind the embedding.
+    public, secret : Tensor
+        Token ids (B, T); the attacker runs the model's first part on the public ones itself.
+    """
+    table = model.get_input_embeddings().weight
+
+    def cross(ids: Tensor) -> Tensor:
+        hidden: Tensor = model(input_ids=ids, output_hidden_states=True).hidden_states[depth]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    inverse = fit_inverse(cross(public), table[public.reshape(-1)])
+    return float((invert(cross(secret), inverse, table) == secret.reshape(-1)).double().mean())
 
 
 def invert(hidden: Tensor, inverse: Tensor, table: Tensor) -> Tensor:
