@@ -18,7 +18,7 @@ from mycel.generation.gguf import write_gguf
 from mycel.generation.request import Request, Sampling, Token
 from mycel.generation.served import Found, Served
 from mycel.models.base import Base, find_base, save_model
-from serving import greedy_text, micro, write_adapter_folder
+from small_models import greedy_text, micro, write_adapter_folder
 
 PROMPTS = ["def add(first, second):\n    ", "import ", "class Name:\n    def __init__(self"]
 

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from mycel.models.base import Base
-from serving import greedy_text, micro, server, write_adapter_folder
+from small_models import greedy_text, micro, server, write_adapter_folder
 
 PROMPT = "def add(first, second):\n    "
 KEY = "open-sesame"
