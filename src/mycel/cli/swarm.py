@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 from pathlib import Path
@@ -66,13 +67,16 @@ def peer_command(lending: Lending) -> None:
         found = Swarm.load(Path(lending.join))
         if lending.threads:
             torch.set_num_threads(lending.threads)
-        folder = find_base(lending.model, lambda phase, done, total: status.update(f"{phase} {done}/{total}"))
+        folder = Path(lending.model)
+        if not (folder / "config.json").is_file():  # of a folder, a peer needs no tokeniser
+            folder = find_base(lending.model, lambda phase, done, total: status.update(f"{phase} {done}/{total}"))
 
     async def lend() -> None:
         peers = await found.join(lending.name, lending.listen)
         lender = Lender(peers, folder, memory, blocks, lambda sentence: messages.print(f"{peers.name} {sentence}"))
         try:
             await lender.start()
+            gc.freeze()  # the libraries' objects stay for good: no use looking through them again and again
             await interrupted()
         finally:
             await lender.close()
