@@ -41,6 +41,10 @@ class Consent(BaseModel):
         0.0, description="the least privacy: updates must be clipped to this norm or a smaller one; 0: not asked for"
     )
 
+    masked: bool = Field(False, description="the least privacy: answers must be added up under masks")
+    private: list[str] = Field(default=[], description="the least privacy: one of these kinds must be on; empty: none")
+    epsilon: Annotated[float, Field(ge=0)] = Field(0.0, description="what a run may cost of it; 0: not asked for")
+
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that goes beyond what is allowed here, before anything is read or computed."""
         stage = entry(recipe.system).stage
@@ -58,6 +62,21 @@ class Consent(BaseModel):
         if self.clip_norm and not 0 < recipe.guard.clip_norm <= self.clip_norm:
             found = recipe.guard.clip_norm or "none"
             raise _beyond(f"clips updates to the norm {found}", f"clip_norm asks for {self.clip_norm:g} or less")
+        self._check_guard(recipe)
+
+    def _check_guard(self, recipe: Recipe) -> None:
+        guard = recipe.guard
+        if recipe.threat.attack:
+            raise _beyond(f"is a drill in which parties lie ({recipe.threat.attack!r})", "data is real: use simulation")
+        if self.masked and guard.sums == "plain":
+            raise _beyond("adds answers up in the open (guard.sums)", "masked asks for masks")
+        if self.private and guard.private not in self.private:
+            found = f"the differential privacy {guard.private!r}" if guard.private else "no differential privacy"
+            raise _beyond(f"has {found}", f"private asks for {' or '.join(self.private)}")
+        if (self.private or self.epsilon) and guard.replayable:
+            raise _beyond("takes its noise from the recipe's seed (guard.replayable)", "noise has to be its own")
+        if self.epsilon and not 0 < guard.epsilon <= self.epsilon:
+            raise _beyond(f"states the epsilon {guard.epsilon:g}", f"epsilon allows {self.epsilon:g} at most, stated")
         if self.clip_norm and (recipe.guard.within or not clips_at_home(recipe)):
             raise _beyond(
                 "leaves the bound on updates to the coordinator", f"clip_norm asks for {self.clip_norm:g} here"

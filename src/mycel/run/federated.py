@@ -41,10 +41,12 @@ from mycel.rounds.world import Node, World
 from mycel.run.checkpoint import checkpoint_clock, read_checkpoint, restore, save_checkpoint
 from mycel.run.execute import Execution, Silent, Watcher, check_recipe
 from mycel.run.folder import RunFolder, write_json, writing
+from mycel.run.frames import FrameRecorder, audit_run
 from mycel.run.log import EventLog
 from mycel.run.member import Task, base_sha256
 from mycel.run.place import Post, read_post, state_folder, write_status
 from mycel.run.result import build_result
+from mycel.wire.shelf import Shelf
 
 LOOK = 0.5  # seconds between looks for parties that have joined
 LOOK_AFTER = 5.0  # seconds between looks whether the ServerApp has failed
@@ -71,6 +73,8 @@ class Federated(Execution):
                 finished = asyncio.run(self._program(door, task, base))
             result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
             self._save_model(finished)
+            if self.recipe.guard.record_frames:
+                result["audit"] = audit_run(self.folder.path)
             write_json(self.folder.result, result)
             self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
             with writing(self.folder.path / "report.html"):
@@ -147,6 +151,8 @@ class Federated(Execution):
             parse_pace(recipe.rounds.pace, recipe.rounds.quorum),
             self._note,
             lambda coordinator: save_checkpoint(coordinator, path),
+            shelf=Shelf(folder=path.parent),
+            wiretap=FrameRecorder(path.parent / "frames") if recipe.guard.record_frames else None,
         )
 
     def _note(self, event: str, **fields: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from mycel.fleet import load_fleet
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.load import check
 from mycel.recipe.schema import Recipe
+from mycel.rounds.sealing import Sealing
 from mycel.rounds.simulation import describe
 from mycel.rounds.site import Job, Site
 from mycel.rounds.world import World
@@ -83,6 +85,12 @@ class PrivateSite(Site):
     """A site whose store holds one party alone, whatever its number in the federation."""
 
     own: int = 0
+
+    @cached_property
+    def sealing(self) -> Sealing:
+        """What answers go through before they leave."""
+        spread = self.job.recipe.data
+        return Sealing(self.job.recipe, len(spread.parties) if isinstance(spread.parties, list) else spread.count)
 
     def holding(self, node: int) -> int:
         """Its own examples, and nobody else's."""
