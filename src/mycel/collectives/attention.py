@@ -28,7 +28,7 @@ class _Gather(torch.autograd.Function):
         context.group = group
         size = dist.get_world_size(group)
         gathered = local.new_empty(size * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        dist.all_gather_single(gathered, local.contiguous(), group=group)
         return torch.cat(gathered.chunk(size), dim=2)
 
     @staticmethod
@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
         size = dist.get_world_size(context.group)
         parts = torch.cat(gradients[0].chunk(size, dim=2)).contiguous()
         own = parts.new_empty(parts.shape[0] // size, *parts.shape[1:])
-        dist.reduce_scatter_tensor(own, parts, group=context.group)
+        dist.reduce_scatter_single(own, parts, group=context.group)
         return own, None
 
 

@@ -65,11 +65,11 @@ def gather_frames(frame: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """Return every rank's frame, in the order of the ranks; frames may differ in length."""
     size = dist.get_world_size(group)
     lengths = torch.zeros(size, dtype=torch.int64)
-    dist.all_gather_into_tensor(lengths, torch.tensor([len(frame)]), group=group)
+    dist.all_gather_single(lengths, torch.tensor([len(frame)]), group=group)
     longest = int(lengths.max())
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(frame)] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
     gathered = torch.empty(size * longest, dtype=torch.uint8)
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    dist.all_gather_single(gathered, padded, group=group)
     rows: list[Tensor] = list(gathered.view(size, longest))
     return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
