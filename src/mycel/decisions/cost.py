@@ -42,11 +42,14 @@ class Coefficients:
         Seconds that a collective costs whatever its size, for each rank in it.
     activation : float
         Factor on the activations' bytes.
+    cores : int
+        Cores that all ranks share, where they run on one machine; 0: every device has its own.
     """
 
     operation: float = 0.0
     call: float = 0.0
     activation: float = 1.0
+    cores: int = 0
 
 
 NOMINAL = Coefficients()
@@ -105,6 +108,9 @@ def predict(
     stages = [devices[stage * inside : (stage + 1) * inside] for stage in range(layout.pipeline)]
     micro = [stage_seconds(work, layout, split, place, stages[place], known) for place in range(layout.pipeline)]
     compute = sum(micro) + (layout.micro_batches - 1) * max(micro)
+    if known.cores:
+        # Ranks that wait leave their core to others, so neither the longest path nor the whole work can be undercut.
+        compute = max(compute, sum(micro) * layout.micro_batches * inside / known.cores)
     ranks, exchange = [], 0.0
     for place, held in enumerate(stages):
         sent, calls = traffic(work, layout, split, place)

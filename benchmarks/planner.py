@@ -1,0 +1,114 @@
+"""Predicted against measured, over layouts really run: ``python benchmarks/planner.py [--measured FILE] [--json]``.
+
+The cost model of ``mycel.decisions.cost`` is fitted to every third layout that ``benchmarks/layouts.py`` measured on
+this machine (speed of a core, seconds of a block's pass and of a collective call, bandwidth between ranks,
+activations), and held to the others: median errors of seconds, memory and bytes, and how far its choice lies from the
+best that was run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from common import arguments, show
+from layouts import named, run_all
+from layouts_rank import config
+from mycel.collectives.layout import stage_blocks
+from mycel.decisions.cost import Coefficients, Predicted, Work, predict
+from mycel.decisions.graph import graph_of
+from mycel.fleet.device import Device, Link
+from mycel.recipe.schema import Layout
+
+CORES = os.cpu_count() or 1
+
+
+def predicted(row: dict[str, Any], speed: float, mbps: float, known: Coefficients) -> Predicted:
+    """Return the cost model's answer for a layout on equal ranks of this machine."""
+    hidden, blocks, rows, tokens = row["shape"]
+    layout = Layout(**row["layout"])
+    device = Device("rank", gflops=speed, link=Link(mbps, mbps, 0.0))
+    work = Work(graph_of(config(hidden, blocks), tokens), rows)
+    split = [len(part) for part in stage_blocks(blocks, layout.pipeline)]
+    return predict(work, layout, split, [device] * row["ranks"], known)
+
+
+def fit(rows: list[dict[str, Any]]) -> tuple[float, float, Coefficients]:
+    """Find the machine's figures that explain measured steps best, in logarithms of seconds."""
+
+    def unpack(point: Any) -> tuple[float, float, Coefficients]:
+        speed, mbps, operation, call = np.exp(point)
+        return float(speed), float(mbps), Coefficients(float(operation), float(call), 1.0, CORES)
+
+    def errors(point: Any) -> list[float]:
+        speed, mbps, known = unpack(point)
+        return [float(np.log(predicted(row, speed, mbps, known).seconds / row["seconds"])) for row in rows]
+
+    start = np.log([20.0, 5e3, 2e-4, 3e-4])
+    speed, mbps, known = unpack(least_squares(errors, start, loss="soft_l1").x)
+    factors = [_factor(row, speed, mbps, known) for row in rows]
+    return speed, mbps, Coefficients(known.operation, known.call, median(factors), CORES)
+
+
+def _factor(row: dict[str, Any], speed: float, mbps: float, known: Coefficients) -> float:
+    """Return the factor on activations with which a layout's memory comes out as measured."""
+    one = predicted(row, speed, mbps, known).memory
+    none = predicted(row, speed, mbps, Coefficients(known.operation, known.call, 0.0, CORES)).memory
+    return float((row["memory"] - none) / (one - none))
+
+
+def main() -> None:
+    """Fit, score and print."""
+    options = arguments(__doc__ or "", measured={"type": Path, "help": "what layouts.py --keep wrote"})
+    found = json.loads(options.measured.read_text(encoding="utf-8")) if options.measured else run_all()
+    rows = [row for row in found if "layout" in row]
+    fitted, held = rows[::3], [row for index, row in enumerate(rows) if index % 3]
+    speed, mbps, known = fit(fitted)
+    shown = []
+    for row in held:
+        cost = predicted(row, speed, mbps, known)
+        shown.append(
+            {
+                "shape": "x".join(map(str, row["shape"])),
+                "layout": named(row["layout"]),
+                "ms": 1e3 * row["seconds"],
+                "predicted ms": 1e3 * cost.seconds,
+                "seconds off": abs(cost.seconds / row["seconds"] - 1),
+                "memory off": abs(cost.memory / row["memory"] - 1),
+                "bytes off": abs(cost.bytes / row["bytes"] - 1) if row["bytes"] else 0.0,
+            }
+        )
+    choices = []
+    for shape in {tuple(row["shape"]) for row in rows}:
+        for ranks in {row["ranks"] for row in rows}:
+            same = [row for row in rows if tuple(row["shape"]) == shape and row["ranks"] == ranks]
+            chosen = min(same, key=lambda row: predicted(row, speed, mbps, known).seconds)
+            choices.append(chosen["seconds"] / min(row["seconds"] for row in same) - 1)
+    totals = {
+        "layouts": len(held),
+        "median seconds error": median(row["seconds off"] for row in shown),
+        "median memory error": median(row["memory off"] for row in shown),
+        "median bytes error": median(row["bytes off"] for row in shown if row["bytes off"] is not None),
+        "worst choice above the best run": max(choices),
+        "median choice above the best run": median(choices),
+        "GFLOP/s a core": speed,
+        "Mbit/s": mbps,
+        "us a pass": 1e6 * known.operation,
+        "us a call": 1e6 * known.call,
+        "activations": known.activation,
+    }
+    if options.json:
+        print(json.dumps({"layouts": shown, "totals": totals}, indent=2))
+        return
+    show(f"{len(held)} layouts that the model was not fitted to", shown, False)
+    show("In all", [totals], False)
+
+
+if __name__ == "__main__":
+    main()
