@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from thin_line import thin_line
+
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 from mycel.data.parties import PartyData, load_parties
@@ -134,6 +136,23 @@ def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(
     assert result["state_sha256"] == reference["state_sha256"]
     assert [entry["loss"] for entry in result["rounds"]] == [entry["loss"] for entry in reference["rounds"]]
     assert [event["round"] for event in going.events() if event["event"] == "round"] == [1, 2, 3]
+
+
+def test_over_a_bad_network_the_state_is_the_same(made: Village, reference: dict[str, Any], tmp_path: Path) -> None:
+    # A line of our own making: namespaces with netem need a kernel module that few containers have.
+    host, _, port = made.address.rpartition(":")
+    with thin_line((host, int(port)), delay=0.1, rate=10e6 / 8, loss=0.01) as line:
+        for name in list(made.parties):
+            made.leave(name)
+            made.join(name, through=f"{host}:{line.port}")
+        result = go(made, tmp_path / "run").finish()
+        assert line.stalls > 0
+        assert line.passed > result["bytes"]["up"] + result["bytes"]["down"]
+        for name in list(made.parties):
+            made.leave(name)
+            made.join(name)
+    assert result["state_sha256"] == reference["state_sha256"]
+    assert result["dropped"]["invalid"] == 0
 
 
 def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: Path) -> None:

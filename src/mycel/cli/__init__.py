@@ -1,4 +1,4 @@
-"""The command line: seven verbs, each a thin door to a room; nothing heavy is imported until a verb needs it."""
+"""The command line: a few verbs, each a thin door to a room; nothing heavy is imported until a verb needs it."""
 
 from __future__ import annotations
 

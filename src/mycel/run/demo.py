@@ -60,11 +60,11 @@ class Village:
         keys = str(self.folder / "keys")
         self.coordinator = self.start("coordinator", "--listen", self.address, "--keys", keys, log="coordinator")
 
-    def join(self, name: str, *arguments: str) -> None:
-        """Start a party on the data in its folder."""
+    def join(self, name: str, *arguments: str, through: str = "") -> None:
+        """Start a party on the data in its folder; ``through`` is another address that leads to the coordinator."""
         key, data = self.folder / "keys" / "parties" / f"{name}.pem", self.folder / "data" / name
         options = ("--key", str(key), "--data", str(data), *arguments)
-        self.parties[name] = self.start("join", self.address, *options, log=name)
+        self.parties[name] = self.start("join", through or self.address, *options, log=name)
 
     def leave(self, name: str) -> None:
         """End a party as its administrator would."""

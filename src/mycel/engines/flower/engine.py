@@ -20,7 +20,7 @@ from mycel.engines.line import Control, hang_up, receive, send
 from mycel.errors import EngineError
 from mycel.wire.shelf import Frame
 
-PART = 1 << 26  # bytes of a frame that travel in one message
+PART = 1 << 27  # bytes of a frame that travel in one message
 
 
 @dataclass
