@@ -53,6 +53,7 @@ class Hub:
     async def run(self, ready: asyncio.Event | None = None) -> None:
         """Serve until cancelled."""
         host, port = split(self.address)
+        (self.folder / "coordinator.json").unlink(missing_ok=True)  # of one that was killed
         try:
             relay = self._relay()
             await self._start_link()

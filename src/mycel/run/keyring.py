@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
@@ -35,11 +35,12 @@ from mycel.guard.keys import (
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keyring:
     """The folder."""
 
     path: Path
+    _read: tuple[int, dict[str, Certificate]] = field(default=(0, {}), repr=False)
 
     @classmethod
     def make(
@@ -94,12 +95,19 @@ class Keyring:
 
     def parties(self) -> dict[str, bytes]:
         """Return the public keys of all who may join now, by name, in the order of admission."""
-        found = {}
-        for path in self._admitted():
-            certificate = x509.load_pem_x509_certificate(path.read_bytes())
-            if signed_by(certificate, self.authority) and in_date(certificate):
-                found[_name(path)] = spki(certificate.public_key())
-        return found
+        changed = (self.path / "admitted").stat().st_mtime_ns
+        if changed != self._read[0]:  # looked up for each request, so read only when it has changed
+            self._read = (
+                changed,
+                {
+                    _name(path): certificate
+                    for path in self._admitted()
+                    if signed_by(certificate := _certificate(path), self.authority)
+                },
+            )
+        return {
+            name: spki(certificate.public_key()) for name, certificate in self._read[1].items() if in_date(certificate)
+        }
 
     def _check(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -113,6 +121,10 @@ class Keyring:
 
     def _admitted(self) -> list[Path]:
         return sorted((self.path / "admitted").glob("[0-9][0-9][0-9]-*.crt"))
+
+
+def _certificate(path: Path) -> Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
 
 
 def _name(path: Path) -> str:
