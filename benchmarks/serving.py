@@ -11,6 +11,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from mycel.generation.executor import Whole
 from mycel.generation.request import Request
 
 VOCABULARY = 32_000
+WEIGHTS = 4 * (VOCABULARY * 512 + 12 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512) + 512)  # bytes read for a token
+BASELINE = "transformers generate fp32"
+CONTESTANTS = (BASELINE, "mycel, packed", "mycel, one copy of weights", "ctranslate2 int8")
 Job = tuple[list[int], int]  # a prompt and the number of tokens wanted
 
 
@@ -111,50 +117,56 @@ def bandwidth() -> float:
     return best
 
 
+def contestant(name: str, calls: Connection) -> None:
+    """Run in a process of its own, so that no engine's libraries change another's: a load in, seconds out."""
+    torch.set_num_threads(1)
+    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="mycel-") as folder:
+        model = model_of_55m()
+        run: Callable[[list[Job]], None]
+        if name == BASELINE:
+            run = partial(generate, model)
+        elif name == "ctranslate2 int8":
+            run = ctranslate_runner(model, Path(folder))
+        else:
+            run = engine_runner(Whole(model, pack=name == "mycel, packed"))
+        run(LOADS["batch 1"])
+        calls.send(0.0)
+        while (load := calls.recv()) is not None:
+            started = time.perf_counter()
+            run(LOADS[load])
+            calls.send(time.perf_counter() - started)
+
+
 def measure(repeats: int) -> list[dict[str, Any]]:
-    baseline = model_of_55m()
-    weights = sum(parameter.nbytes for parameter in baseline.parameters())
-    with tempfile.TemporaryDirectory(prefix="mycel-") as folder:
-        contestants: dict[str, Callable[[list[Job]], None]] = {
-            "transformers generate fp32": lambda jobs: generate(baseline, jobs),
-            "mycel, packed": engine_runner(Whole(model_of_55m())),
-            "mycel, one copy of weights": engine_runner(Whole(model_of_55m(), pack=False)),
-            "ctranslate2 int8": ctranslate_runner(baseline, Path(folder)),
-        }
-        best = {(name, load): 0.0 for name in contestants for load in LOADS}
-        for run in contestants.values():
-            run(LOADS["batch 1"][:1])
-        reads = 0.0
-        for _ in range(repeats):
-            reads = max(reads, bandwidth())
-            for load, jobs in LOADS.items():
-                for name, run in contestants.items():
-                    started = time.perf_counter()
-                    run(jobs)
-                    speed = sum(most for _, most in jobs) / (time.perf_counter() - started)
-                    best[name, load] = max(best[name, load], speed)
-    rows = []
-    for (name, load), speed in sorted(best.items(), key=lambda item: (list(LOADS).index(item[0][1]), item[0][0])):
-        roofline = f"{speed * weights / reads:.0%}" if load == "batch 1" and "int8" not in name else ""
-        ratio = speed / best["transformers generate fp32", load]
-        rows.append(
-            {
-                "load": load,
-                "engine": name,
-                "tokens/s": round(speed, 1),
-                "ratio": round(ratio, 2),
-                "of bandwidth": roofline,
-            }
-        )
-    return rows
+    spawn = get_context("spawn")
+    calls: dict[str, Connection] = {}
+    for name in CONTESTANTS:
+        calls[name], theirs = spawn.Pipe()
+        spawn.Process(target=contestant, args=(name, theirs), daemon=True).start()
+        calls[name].recv()
+    best = {(load, name): 0.0 for load in LOADS for name in CONTESTANTS}
+    reads = 0.0
+    for _ in range(repeats):
+        reads = max(reads, bandwidth())
+        for load, name in best:
+            calls[name].send(load)
+            speed = sum(most for _, most in LOADS[load]) / calls[name].recv()
+            best[load, name] = max(best[load, name], speed)
+    for pipe in calls.values():
+        pipe.send(None)
+    return [row(load, name, speed, best[load, BASELINE], reads) for (load, name), speed in best.items()]
+
+
+def row(load: str, name: str, speed: float, baseline: float, reads: float) -> dict[str, Any]:
+    share = f"{speed * WEIGHTS / reads:.0%}" if load == "batch 1" and "int8" not in name else ""
+    ratio = round(speed / baseline, 2)
+    return {"load": load, "engine": name, "tokens/s": round(speed, 1), "ratio": ratio, "of bandwidth": share}
 
 
 def main() -> None:
     options = arguments(__doc__ or "", repeats={"type": int, "default": 3})
     torch.set_num_threads(1)
-    with torch.inference_mode():
-        rows = measure(options.repeats)
-    show("Decoding, 55 M parameters, fp32 unless said, one thread", rows, options.json)
+    show("Decoding, 55 M parameters, fp32 unless said, one thread", measure(options.repeats), options.json)
 
 
 if __name__ == "__main__":

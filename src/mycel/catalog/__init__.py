@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mycel.catalog.entries import ENTRIES as TUNING
 from mycel.catalog.entries import Entry
+from mycel.catalog.generating import GENERATING
 from mycel.catalog.pretraining import PRETRAINING
 from mycel.catalog.swarming import SWARMING
 from mycel.errors import RecipeError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENTRIES", "Entry", "entry", "load_claim", "load_system"]
 
-ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING, *SWARMING)
+ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING, *SWARMING, *GENERATING)
 
 
 def entry(name: str) -> Entry:

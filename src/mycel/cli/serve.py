@@ -24,7 +24,15 @@ class Place(NamedTuple):
 
 
 def serve_command(
-    model: str, place: Place, engine: str, adapters: list[str], shelf: Path | None, memory: str, most: int, remote: str
+    model: str,
+    place: Place,
+    engine: str,
+    adapters: list[str],
+    shelf: Path | None,
+    memory: str,
+    most: int,
+    remote: str,
+    swarm: str,
 ) -> None:
     """Open the model and serve it until interrupted."""
     need("starlette", "uvicorn", "prometheus_client", extra="serve")
@@ -46,7 +54,12 @@ def serve_command(
         def progress(phase: str, done: int, total: int) -> None:
             status.update(f"{phase} {done}/{total}")
 
-        served = open_engine(engine, Setup(model, named, shelf, size, most), progress)
+        if swarm:
+            from mycel.door.swarm import open_swarm
+
+            served = open_swarm(swarm, model, most, progress)
+        else:
+            served = open_engine(engine, Setup(model, named, shelf, size, most), progress)
     names = ", ".join(served.names())
     serve(served, place.host, place.port, keys, lambda address: messages.print(f"{names} at {address}/v1"))
 

@@ -36,12 +36,13 @@ def serve(
         list[str] | None, typer.Option(help="A key that opens the door; also MYCEL_API_KEYS, with commas.")
     ] = None,
     remote: Annotated[str, typer.Option(help="Address of the vLLM server behind --engine vllm.")] = "",
+    swarm: Annotated[str, typer.Option(help="Folder of a swarm whose peers hold the model's blocks.")] = "",
 ) -> None:
     """Serve a model to any OpenAI client: completions and chat, streaming, adapters by name, metrics."""
     from mycel.cli.serve import Place, serve_command
 
     place = Place(host, port, api_key or [])
-    serve_command(model, place, engine, adapter or [], adapters, memory, requests, remote)
+    serve_command(model, place, engine, adapter or [], adapters, memory, requests, remote, swarm)
 
 
 def chat(

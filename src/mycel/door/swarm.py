@@ -1,0 +1,84 @@
+"""The door of a swarm: embedding and head here, blocks at peers, everything else as for one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from mycel.generation.engine import Engine, Limits
+from mycel.generation.executor import Executor
+from mycel.generation.served import Served
+from mycel.generation.service import Service
+from mycel.models.base import Progress, find_base
+from mycel.segments.client import SwarmModel
+from mycel.segments.door import join_model
+from mycel.segments.executor import Pipeline
+
+
+class SwarmService(Service):
+    """A service whose executor asks peers; leaving the swarm is part of closing it."""
+
+    def __init__(self, engine: Engine, most: int, hall: Hall) -> None:
+        self._hall = hall
+        super().__init__(engine, most)
+
+    def close(self) -> None:
+        """End what is under way and leave the swarm."""
+        super().close()
+        self._hall.close()
+
+
+class Hall:
+    """An event loop on a thread of its own, in which a swarm's model is open."""
+
+    def __init__(self, swarm: str, model: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._leave = AsyncExitStack()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="swarm", daemon=True)
+        self._thread.start()
+        try:
+            self.model = asyncio.run_coroutine_threadsafe(self._join(swarm, model), self.loop).result()
+        except BaseException:
+            self._end()
+            raise
+
+    def close(self) -> None:
+        """Leave the swarm and end the thread."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._leave.aclose(), self.loop).result()
+        finally:
+            self._end()
+
+    async def _join(self, swarm: str, model: str) -> SwarmModel:
+        return await self._leave.enter_async_context(join_model(swarm, model))
+
+    def _end(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+def open_swarm(swarm: str, model: str, most: int, progress: Progress | None = None) -> Served:
+    """Serve a model that the peers of a swarm hold.
+
+    Parameters
+    ----------
+    swarm : str
+        Folder of the swarm, or of an invitation.
+    model : str
+        What the peers were started with.
+    most : int
+        Largest number of unfinished requests.
+    progress : callable, optional
+        Told while a built-in size is trained.
+    """
+    folder = find_base(model, progress)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    hall = Hall(swarm, model)
+    executor: Executor = Pipeline(hall.model, hall.loop)
+    service = SwarmService(Engine(executor, tokenizer, Limits(share=False)), most, hall)
+    return Served(Path(model).name, tokenizer, service)
