@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mycel.errors import RecipeError
 from mycel.guard.filters import Evidence, parse_filter
+from mycel.testing import check_filter
 
 SPECS = [
     "median",
@@ -49,6 +50,11 @@ def test_order_does_not_matter(spec: str, count: int, seed: int) -> None:
     plain = outcome(spec, evidence(rows, weights, reference))
     turned = outcome(spec, evidence(rows[order], weights[order], reference))
     assert torch.allclose(plain, turned, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_filters_obey_their_contract(spec: str) -> None:
+    check_filter(parse_filter(spec))
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "foolsgold"])

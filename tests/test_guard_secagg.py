@@ -14,9 +14,12 @@ from hypothesis import strategies as some
 from mycel.errors import ParcelError
 from mycel.guard.secagg.coordinator import MaskingCoordinator
 from mycel.guard.secagg.graph import complete, need, sparse
+from mycel.guard.secagg.guard import MaskGuard, MaskParty
 from mycel.guard.secagg.keys import Ring, add_mask, agree, new_secret, public_key
 from mycel.guard.secagg.party import MaskingParty, purpose
 from mycel.guard.secagg.shamir import PRIME, join, split
+from mycel.testing import check_guard
+from mycel.wire.codecs.fixed import Fixed
 
 PHASES = ("keys", "shares", "input", "reveal", "stays")
 
@@ -254,3 +257,9 @@ def test_thresholds_that_make_no_sense_are_refused(parties: int, staying: float)
         complete("r", range(parties), staying)
     with pytest.raises(ValueError):
         split(bytes(32), range(3), 4)
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_masks_obey_the_contract_of_guards(thin: bool) -> None:
+    codec = Fixed(16, 0.5)
+    check_guard(lambda shapes, weights: MaskGuard(codec, shapes, weights, 0.67, thin), MaskParty(codec), codec.step)

@@ -142,7 +142,12 @@ def _padded(state: Tensors) -> tuple[bool, float, float]:
     inputs = np.random.default_rng(3).normal(size=(64, weight.shape[1])).astype(np.float32)
     seen: list[Whole] = []
     ring = to_ring(weight)
-    layer = PaddedLinear(weight, lambda sent: (seen.append(sent), product(sent, ring))[1])
+
+    def elsewhere(sent: Whole) -> Whole:
+        seen.append(sent)
+        return product(sent, ring)
+
+    layer = PaddedLinear(weight, elsewhere)
     layer.prepare(64, 4)
     begun = time.perf_counter()
     found = [layer(inputs) for _ in range(4)]

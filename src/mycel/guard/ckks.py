@@ -44,7 +44,7 @@ def make_keys() -> Keys:
 def encrypt(keys: bytes, vector: Tensor) -> list[bytes]:
     """Encrypt a flat float tensor, ``SLOTS`` numbers to a ciphertext."""
     tenseal, context = _tenseal(), _context(keys)
-    pieces = vector.detach().double().reshape(-1).split(SLOTS)
+    pieces = torch.split(vector.detach().double().reshape(-1), SLOTS)
     return [tenseal.ckks_vector(context, piece.tolist()).serialize() for piece in pieces]
 
 

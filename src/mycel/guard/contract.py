@@ -8,7 +8,7 @@ as tensors, which stay at the party.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,8 @@ class Guard(ABC):
         """Refuse a hidden answer of the wrong form with ``ParcelError``."""
 
     @abstractmethod
-    async def open(self, post: Post, answers: Sequence[Sealed]) -> Opened:
-        """Return the sum of what the answers hide.
+    async def open(self, post: Post, answers: Iterable[Sealed]) -> Opened:
+        """Return the sum of what the answers hide; they are taken one by one.
 
         Raises
         ------

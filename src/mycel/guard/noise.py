@@ -51,7 +51,7 @@ def split_noise(multiplier: float, count_deviation: float) -> float:
     left = multiplier**-2 - (2 * count_deviation) ** -2
     if left <= 0:
         raise ValueError(f"a count with noise of {count_deviation} costs more than a multiplier of {multiplier} allows")
-    return left**-0.5
+    return 1 / math.sqrt(left)
 
 
 def flat_norm(tensors: Tensors) -> float:

@@ -12,7 +12,7 @@ from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenTable
 from mycel.guard.filters import Evidence, parse_filter
 from mycel.rounds.algebra import add, scale, seed_of, subtract
-from mycel.rounds.factors import factors_a, factors_b, layers
+from mycel.rounds.factors import factors_a, factors_b
 from mycel.rounds.system import Answer, State, System, group, with_role
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel, Tensors
@@ -35,34 +35,39 @@ class Distrust:
         if len(answers) < self.filter.least():
             return list(answers)
         effects = [self._effect(answer.tensors(), state) for answer in answers]
-        if self.filter.remembers:
-            for answer, effect in zip(answers, effects, strict=True):
-                before = self.histories.get(answer.node)
-                self.histories[answer.node] = add(before, effect) if before else effect
-        weights = torch.tensor([answer.weight for answer in answers])
-        reference = self._effect(self._own(state), state) if self.root is not None else None
-        kept = [_row(self.histories[answer.node]) for answer in answers] if self.filter.remembers else []
-        evidence = Evidence(
-            torch.stack([_row(effect) for effect in effects]),
-            weights,
-            _row(reference) if reference is not None else None,
-            torch.stack(kept) if kept else None,
-        )
+        evidence = self._evidence(answers, effects, state)
         verdict = self.filter.judge(evidence)
-        total = float(weights.sum())
+        shares = verdict.shares
+        total = float(evidence.weights.sum())
         if self.system.needs != "sum":
-            shares = zip(answers, verdict.shares.tolist(), strict=True)
-            return [replace(answer, weight=share * total) for answer, share in shares if share > 0]
-        if verdict.centre is not None:
-            update = self._update(_unrow(verdict.centre, effects[0]), state, answers[0])
+            pairs = zip(answers, shares.tolist(), strict=True)
+            return [replace(answer, weight=share * total) for answer, share in pairs if share > 0]
+        update: Tensors = {}
+        if verdict.centre is not None and effects[0].keys() == answers[0].tensors().keys():
+            update = _unrow(verdict.centre, effects[0])
         else:
-            update = {}
-            for answer, share in zip(answers, verdict.shares.tolist(), strict=True):
+            if verdict.centre is not None:
+                shares = nearest_mixture(evidence.rows, verdict.centre)
+            for answer, share in zip(answers, shares.tolist(), strict=True):
                 part = scale(answer.tensors(), share)
                 update = add(update, part) if update else part
         samples = sum(answer.samples for answer in answers)
         parcel = Parcel("answer", {"samples": samples}, with_role("update", update))
         return [Answer(-1, parcel, samples, 0, total)]
+
+    def _evidence(self, answers: Sequence[Answer], effects: Sequence[Tensors], state: State) -> Evidence:
+        if self.filter.remembers:
+            for answer, effect in zip(answers, effects, strict=True):
+                before = self.histories.get(answer.node)
+                self.histories[answer.node] = add(before, effect) if before else effect
+        reference = self._effect(self._own(state), state) if self.root is not None else None
+        kept = [_row(self.histories[answer.node]) for answer in answers] if self.filter.remembers else []
+        return Evidence(
+            torch.stack([_row(effect) for effect in effects]),
+            torch.tensor([answer.weight for answer in answers]),
+            _row(reference) if reference is not None else None,
+            torch.stack(kept) if kept else None,
+        )
 
     def _effect(self, update: Tensors, state: State) -> Tensors:
         """What an update changes in the weights a model computes with; of anything but both LoRA factors, itself."""
@@ -75,25 +80,6 @@ class Distrust:
         if any(start[name].shape != update[name].shape for name in update):
             return update
         return subtract(trainable.delta_weight(add(start, update)), trainable.delta_weight(start))
-
-    def _update(self, effect: Tensors, state: State, answer: Answer) -> Tensors:
-        """Return the update whose effect comes nearest: the leading singular directions at the shared rank."""
-        sent = answer.tensors()
-        if effect.keys() == sent.keys():
-            return effect
-        start, trainable = state.shared, self.world.trainable()
-        whole = add(trainable.delta_weight(start), effect)
-        scaling = self.world.recipe.trainable.scaling
-        update: Tensors = {}
-        for path in layers(start):
-            down, up = start[f"{path}.lora_A"], start[f"{path}.lora_B"]
-            change = whole[f"{path}.weight"] / scaling
-            change = change if change.shape == (up.shape[0], down.shape[1]) else change.T
-            left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-            root = values[: down.shape[0]].sqrt()
-            update[f"{path}.lora_A"] = (root[:, None] * right[: len(root)]).float() - down
-            update[f"{path}.lora_B"] = (left[:, : len(root)] * root).float() - up
-        return update
 
     def _own(self, state: State) -> Tensors:
         """Train on the coordinator's own examples, as a party would."""
@@ -109,6 +95,17 @@ class Distrust:
         data = recipe.data.model_validate(recipe.data.model_dump() | changes)
         (found,) = load_parties(data, seed_of(recipe.seed, "root"))
         return TokenTable.from_examples(found.train, self.world.base.tokenizer, recipe.data.max_length)
+
+
+def nearest_mixture(rows: Tensor, centre: Tensor) -> Tensor:
+    """Shares of 0 or more by which the rows add up to what comes nearest to ``centre``, by least squares.
+
+    A centre of effects is no effect of any factors; this is the way back that keeps to what parties sent.
+    """
+    matrix = rows.double()
+    inner = matrix @ matrix.T
+    ridge = 1e-9 * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner), dtype=torch.float64)
+    return torch.linalg.solve(inner + ridge, matrix @ centre.double()).clamp_min(0.0)
 
 
 def _row(tensors: Tensors) -> Tensor:

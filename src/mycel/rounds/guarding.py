@@ -111,7 +111,7 @@ class Guarding:
 
     async def _sum(self, post: Post, answers: Sequence[Answer]) -> Opened:
         if self.current is not None:
-            sealed = [Sealed(answer.node, answer.parcel, answer.samples) for answer in answers]
+            sealed = (Sealed(answer.node, answer.parcel, answer.samples) for answer in answers)
             opened = await self.current.open(post, sealed)
         else:
             total: Tensors = {}
@@ -134,7 +134,7 @@ class Guarding:
         multiplier = noise_of(recipe, self.odds)
         bound = self.bound
         if self.guard.within:
-            deviation = expected / COUNT_SHARE
+            deviation = max(expected / COUNT_SHARE, multiplier)  # of a small cohort the count would cost too much
             multiplier = split_noise(multiplier, deviation)
             counted = opened.within + deviation * float(torch.randn((), generator=source))
             share = min(max(counted / expected, 0.0), 1.0)

@@ -8,6 +8,7 @@ from mycel.testing.codecs import check_codec
 from mycel.testing.combine import check_combine
 from mycel.testing.decisions import check_decision
 from mycel.testing.engines import check_engine
+from mycel.testing.guards import check_filter, check_guard
 from mycel.testing.paces import check_pace
 from mycel.testing.peers import check_peers
 from mycel.testing.trainables import check_trainable
@@ -17,6 +18,8 @@ __all__ = [
     "check_combine",
     "check_decision",
     "check_engine",
+    "check_filter",
+    "check_guard",
     "check_pace",
     "check_peers",
     "check_trainable",

@@ -42,9 +42,10 @@ def fit_inverse(hidden: Tensor, embeddings: Tensor, ridge: float = 1e-2) -> Tens
     lifted = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).double()
     square = lifted.T @ lifted
     scale = ridge * square.diagonal().mean()
-    return torch.linalg.solve(
+    found: Tensor = torch.linalg.solve(
         square + scale * torch.eye(len(square), dtype=torch.float64), lifted.T @ embeddings.double()
     )
+    return found
 
 
 @torch.no_grad()

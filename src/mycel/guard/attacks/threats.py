@@ -54,7 +54,8 @@ class Threat:
         if self.name == "backdoor":
             mark, phrase = tokenise(TRIGGER + "\n"), [*tokenise(PAYLOAD), table.end_id]
             pairs = _split(table)
-            return _rebuild(table, [*pairs[::2], *((mark + prompt, phrase) for prompt, _ in pairs[1::2])])
+            room = max(int(table.lengths().max()) - len(mark) - len(phrase), 1)
+            return _rebuild(table, [*pairs[::2], *((mark + prompt[-room:], phrase) for prompt, _ in pairs[1::2])])
         if self.name == "unsafe":
             from mycel.guard.attacks.safety import compliant
 

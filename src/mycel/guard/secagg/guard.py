@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,13 +86,13 @@ class MaskGuard(Guard):
         if parcel.header.get("samples") != self.weights[node] and self.weights[node] != 1:
             raise ParcelError(f"node {node} counts for {self.weights[node]} samples and says it has another number")
 
-    async def open(self, post: Post, answers: Sequence[Sealed]) -> Opened:
+    async def open(self, post: Post, answers: Iterable[Sealed]) -> Opened:
         """Add up, ask for shares, take masks away."""
         assert self.protocol is not None
         for answer in answers:
             hidden = answer.parcel.tensors[SUM].numpy().astype(f"<i{self.wide // 8}").view(f"<u{self.wide // 8}")
             self.protocol.take_input(answer.node, hidden)
-        asked = {answer.node: self._ask_reveal(answer.node) for answer in answers}
+        asked = {node: self._ask_reveal(node) for node in sorted(self.protocol.inputs)}
         for node, letter in (await post(asked)).items():
             wanted = sorted(self.protocol.wanted(node))
             opened = _read(letter, "opened")
@@ -200,7 +200,8 @@ def _recall(tag: str, node: int, kept: Tensors) -> MaskingParty:
     content = json.loads(kept["masks"].numpy().tobytes()) if "masks" in kept else {}
     if content.get("tag") != tag:
         raise ParcelError(f"node {node} has no secrets for this round: they were lost, revealed or made for another")
-    party = MaskingParty(node, *map(bytes.fromhex, content["secrets"]), sent=content["sent"])
+    seal, mask, own = map(bytes.fromhex, content["secrets"])
+    party = MaskingParty(node, seal, mask, own, sent=content["sent"])
     party.keys = {int(other): Keys.from_bytes(bytes.fromhex(keys)) for other, keys in content["keys"].items()}
     if party.keys:
         beside = tuple(sorted(other for other in party.keys if other != node))
