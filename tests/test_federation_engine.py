@@ -53,7 +53,17 @@ class EchoParty(Echo):
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's own processes set first
 
 
-class MemoryGrid(Grid):
+class Neighbour(Membership):
+    """A party beside others in one process, where models are opened one at a time."""
+
+    opening = threading.Lock()
+
+    def describe(self, arm: str, job: str, node: int) -> Control:
+        with self.opening:
+            return super().describe(arm, job, node)
+
+
+class MemoryGrid(Grid):  # type: ignore[misc]
     """Calls the ClientApp of the addressed node in a thread."""
 
     def __init__(self, contexts: dict[int, Context]) -> None:
@@ -251,7 +261,7 @@ def test_a_hostile_party_is_refused_and_counted_and_the_others_finish(tmp_path: 
         (tmp_path / str(number)).mkdir()
         write_examples(tmp_path / str(number) / "train.jsonl", party.train)
         write_examples(tmp_path / str(number) / "held_out.jsonl", party.held_out)
-    hosts = [Membership(f"party {number}", tmp_path / str(number), tmp_path / str(number)) for number in range(3)]
+    hosts = [Neighbour(f"party {number}", tmp_path / str(number), tmp_path / str(number)) for number in range(3)]
     bomb = struct.pack("<Q", 1 << 60) + b"{}"
     shape = {"shapes": {"update/x": [1 << 39]}, "codec": "int8", "kind": "answer"}
     listing = json.dumps({"__metadata__": {"mycel": json.dumps(shape)}}).encode()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class Target:
             length = int(next(line for line in lines if line.lower().startswith("content-length")).split(":")[1])
             left = length
             while left:
-                left -= len(await reader.read(min(left, 1 << 16)))
+                if not (piece := await reader.read(min(left, 1 << 16))):
+                    return
+                left -= len(piece)
             path = lines[0].split()[1]
             self.reached.append((path, length))
             body = b"answer"
@@ -66,10 +69,13 @@ async def gate(policy: Policy, server: ssl.SSLContext | None = None) -> AsyncIte
         behind.close()
 
 
-def _quietly(serve: Callable[..., object]) -> Callable[..., object]:
+Serving = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def _quietly(serve: Serving) -> Serving:
     async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await serve(reader, writer)  # type: ignore[misc]
+            await serve(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -308,5 +314,25 @@ def test_a_party_lets_no_other_app_in() -> None:
             assert (await asyncio.to_thread(_call, port, APP, None))[0] == 502
             assert (await asyncio.to_thread(_call, port, "/v1/control/start-run", None))[0] == 403
             assert sum(relay.refused.values()) == 3
+
+    asyncio.run(program())
+
+
+def test_a_caller_cut_off_in_the_middle_of_anything_harms_nobody_else() -> None:
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n" % PUSH.encode()
+    whole = head + bytes(1000)
+
+    def cut(port: int, length: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as caller:
+            caller.sendall(whole[:length])
+
+    async def program() -> None:
+        async with gate(OpenGate()) as (target, port, relay):
+            for length in (0, 1, 10, len(head), len(head) + 1, len(whole) - 1, len(whole)):
+                await asyncio.to_thread(cut, port, length)
+            assert await asyncio.to_thread(_call, port, PUSH, None) == (200, b"answer")
+            assert (PUSH, 1) in target.reached
+            while relay._tasks:
+                await asyncio.sleep(0.01)
 
     asyncio.run(program())

@@ -153,9 +153,9 @@ class Site:
 
     def evaluate(self, brief: Parcel, party: Party, holder: int) -> Scores:
         """Score the model that a brief describes on the held-out examples of ``holder``."""
+        table = self.store.held_out(self.holding(holder))
         trainable = self.system.adopt(brief, party)
         objective = self.job.recipe.training.objective
-        table = self.store.held_out(self.holding(holder))
         with trainable.active():
             return held_out(self.base.model, table, pad_id=party.pad_id, objective=objective)
 
