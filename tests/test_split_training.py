@@ -38,7 +38,7 @@ def test_gradients_through_peers_equal_local_ones(folder: Path, lost: str) -> No
         return cross_entropy(cut.head(tail)[:, 3:-1].flatten(0, 1), IDS[:, 1:].flatten())
 
     local = prompt.clone().requires_grad_()
-    loss(cut.run(torch.cat([local, cut.embed(IDS)], 1))).backward()
+    loss(cut.run(torch.cat([local, cut.embed(IDS)], 1))).backward()  # type: ignore[no-untyped-call]
 
     async def remote() -> torch.Tensor:
         async with bench(folder, [(0, 2), (2, 4), (0, 4)]) as made:
@@ -48,11 +48,11 @@ def test_gradients_through_peers_equal_local_ones(folder: Path, lost: str) -> No
             if lost == "forward":
                 made.member((await made.model.directory.route(0, 4, 1.0))[0].peer).kill()
             tail = (await chain.forward(hidden)).requires_grad_()
-            loss(tail).backward()
+            loss(tail).backward()  # type: ignore[no-untyped-call]
             if lost == "backward":
                 made.member(chain._stages[-1].leg.peer).kill()
             assert tail.grad is not None
-            hidden.backward(await chain.backward(tail.grad))
+            hidden.backward(await chain.backward(tail.grad))  # type: ignore[no-untyped-call]
             assert mine.grad is not None
             return mine.grad
 
@@ -64,7 +64,7 @@ def test_a_segment_collects_its_own_gradients(folder: Path) -> None:
     for cut in (whole, part):
         cut.block(1).requires_grad_(True)
     states = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
-    whole.run(states, 1, 3).square().sum().backward()
+    whole.run(states, 1, 3).square().sum().backward()  # type: ignore[no-untyped-call]
     segment = Segment(part)
     made = segment.forward(states, "batch")
     segment.backward(2 * made, "batch")

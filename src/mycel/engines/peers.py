@@ -12,7 +12,7 @@ import contextlib
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,7 +166,7 @@ class Peers(ABC):
             await items.aclose()
         raise PeerRefused(f"the peer {peer!r} answered {verb!r} with nothing")
 
-    async def stream(self, peer: str, verb: str, frame: bytes) -> AsyncIterator[bytes]:  # type: ignore[override, misc]
+    async def stream(self, peer: str, verb: str, frame: bytes) -> AsyncGenerator[bytes, None]:
         """Ask a member and yield what it answers, item by item; leaving the loop early stops it there."""
         if len(frame) > LARGEST_FRAME:
             raise EngineError(f"a frame of {len(frame):,} bytes is too long; at most {LARGEST_FRAME:,} travel")

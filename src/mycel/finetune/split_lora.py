@@ -96,12 +96,13 @@ class SplitLora:
         parcel = Boundary.unpack(frame, ("activations",))
         arrived = sound(parcel, "hidden", tuple(left.shape)).requires_grad_()
         loss = next_token_loss(server.cut.head(server.cut.run(arrived)), parcel.tensors["labels"])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         server.step()
         assert arrived.grad is not None
         answer = self.boundary.pack("gradient", {}, gradient=arrived.grad)
         if mine.lora:
-            left.backward(sound(Boundary.unpack(answer, ("gradient",)), "gradient", tuple(left.shape)))
+            back = sound(Boundary.unpack(answer, ("gradient",)), "gradient", tuple(left.shape))
+            left.backward(back)  # type: ignore[no-untyped-call]
             mine.step()
         return float(loss.detach())
 
@@ -183,6 +184,7 @@ def texts(tokenizer: object) -> tuple[list[list[Tensor]], Tensor]:
 
 def _start(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
     if "lora_B" in name:
-        return torch.zeros_like(parameter)
+        return torch.zeros(parameter.shape)
     source = torch.Generator().manual_seed(seed + sum(name.encode()))
-    return torch.randn(parameter.shape, generator=source) / parameter.shape[1] ** 0.5
+    started: Tensor = torch.randn(parameter.shape, generator=source) / parameter.shape[1] ** 0.5
+    return started

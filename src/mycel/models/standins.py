@@ -67,7 +67,7 @@ class Given(Elsewhere):
         return (given,) if self.tuples else given
 
 
-class ShiftedCache(Cache):
+class ShiftedCache(Cache):  # type: ignore[misc]
     """A cache of blocks that know themselves by their place in the whole model, and are numbered from 0 in it."""
 
     def __init__(self, inner: Cache, first: int) -> None:

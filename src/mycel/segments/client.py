@@ -60,7 +60,7 @@ class SwarmModel:
     boundary : Boundary
         What left here: bytes, and the codec's error.
     pauses : list of float
-        Seconds from a peer's loss to the answer of the one that took its place.
+        Seconds from the call that a lost peer left unanswered to the answer of the one that took its place.
     """
 
     def __init__(self, peers: Peers, cut: Cut, model: str, codec: str, patience: float) -> None:
@@ -182,13 +182,14 @@ class SwarmModel:
         loop = asyncio.get_running_loop()
         while place < len(sessions[0].hops):
             hops = [session.hops[place] for session in sessions]
+            began = loop.time()
             try:
                 answers = await self._cross(hops)
             except (PeerLost, PeerRefused, ParcelError) as error:
                 attempts += 1
                 if attempts > MOST_ATTEMPTS:
                     raise EngineError(f"{attempts} peers failed in one step, last: {error}") from error
-                lost_at = loop.time() if lost_at is None else lost_at
+                lost_at = began if lost_at is None else lost_at
                 await self._replace(sessions, place, error)
                 continue
             if lost_at is not None:
@@ -207,8 +208,9 @@ class SwarmModel:
     async def _cross(self, hops: list[Hop]) -> list[tuple[int, Tensor]]:
         """Send what a peer does not hold yet; return for each session from where on it answered, and the states."""
         leg, known = hops[0].leg, self.directory.known[hops[0].leg.peer]
-        rows = [[hop.key, hop.held, len(hop.inputs) - hop.held] for hop in hops]
-        total = sum(int(row[2]) for row in rows)
+        counts = [len(hop.inputs) - hop.held for hop in hops]
+        rows = [[hop.key, hop.held, count] for hop, count in zip(hops, counts, strict=True)]
+        total = sum(counts)
         header = {"rows": rows, "first": leg.first, "last": leg.last, "model": self.model}
         frame = self.boundary.pack("step", header, hidden=torch.cat([hop.inputs[hop.held :] for hop in hops]))
         loop = asyncio.get_running_loop()
@@ -222,7 +224,7 @@ class SwarmModel:
             return await self._cross(hops)
         states = sound(parcel, "hidden", (total, self.width))
         known.learn(total, loop.time() - started)
-        parts = states.split([int(row[2]) for row in rows])
+        parts = torch.split(states, counts)
         return [(hop.held, part) for hop, part in zip(hops, parts, strict=True)]
 
     async def _replace(self, sessions: list[Session], place: int, error: EngineError | ParcelError) -> None:

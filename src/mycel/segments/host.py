@@ -170,7 +170,7 @@ class Host:
             return
         self.steps += len(ready)
         self.batches += 1
-        for job, part in zip(ready, found.split([len(job.hidden) for job in ready]), strict=True):
+        for job, part in zip(ready, torch.split(found, [len(job.hidden) for job in ready]), strict=True):
             if not job.done.done():
                 job.done.set_result(part)
 

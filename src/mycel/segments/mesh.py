@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,8 @@ class Mesh:
 
     def send_tensor(self, other: int, tensor: Tensor) -> None:
         """Send a tensor's numbers from where they lie."""
-        self.send(other, memoryview(tensor.detach().contiguous().numpy()).cast("B"))
+        numbers: Any = tensor.detach().contiguous().numpy()
+        self.send(other, memoryview(numbers).cast("B"))
 
     def receive_tensor(self, other: int, like: Tensor) -> Tensor:
         """Return a rank's next message as a tensor of the shape of ``like``; another length is refused."""

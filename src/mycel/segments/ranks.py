@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Rank:
         self.group, self.mesh = group, mesh
         self.sums: Reduce = REDUCES[group.reduce](mesh)
         master = mesh.rank == 0
-        ends = {"embed": master or group.ids, "head": master}
+        ends: dict[str, Any] = {"embed": master or group.ids, "head": master}
         self.past = 0
         self.window = Window(group.folder, group.window, **ends) if group.window else None
         self.cut = self.window.cut if self.window else Cut.open(group.folder, **ends)
@@ -186,7 +186,7 @@ def ranks(group: Group) -> Iterator[Master]:
             process.close()
 
 
-def workers_context() -> BaseContext:
+def workers_context() -> ForkServerContext:
     """Return the way workers are started: forked from a server that has imported the libraries once."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["mycel.segments.ranks"])

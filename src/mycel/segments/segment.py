@@ -80,7 +80,7 @@ class Segment:
             raise EngineError("the rows do not share out the positions that came")
         for row in rows:
             self.slab.enter(row.session, row.start)
-        pieces = dict(zip(rows, hidden_ND.split([row.count for row in rows]), strict=True))
+        pieces = dict(zip(rows, torch.split(hidden_ND, [row.count for row in rows]), strict=True))
         with torch.inference_mode():
             single = [row for row in rows if row.count == 1] if self.together else []
             if len(single) > 1:
@@ -114,7 +114,7 @@ class Segment:
         if gradient_BTD.shape != hidden.shape:
             raise EngineError(f"a gradient of {tuple(gradient_BTD.shape)} for a state of {tuple(hidden.shape)}")
         with torch.enable_grad():
-            self.cut.run(hidden, kept[1], kept[2]).backward(gradient_BTD)
+            self.cut.run(hidden, kept[1], kept[2]).backward(gradient_BTD)  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return hidden.grad
 

@@ -60,9 +60,9 @@ class Sharded:
             for name, tensor in leaf.items():
                 layer._parameters[name] = None if tensor is None else nn.Parameter(tensor, layer.weight.requires_grad)
             if style == "colwise":
-                layer.register_forward_pre_hook(lambda _, passed: (_Entered.apply(passed[0], self.reduce),))
+                layer.register_forward_pre_hook(lambda _, passed: (_Entered.apply(passed[0], self.reduce),))  # type: ignore[no-untyped-call]
             elif self.syncs == 2:
-                layer.register_forward_hook(lambda *passed: _Summed.apply(passed[-1], self.reduce))
+                layer.register_forward_hook(lambda *passed: _Summed.apply(passed[-1], self.reduce))  # type: ignore[no-untyped-call]
         if self.syncs == 1:
             block.register_forward_hook(self._beside, with_kwargs=True)
 
@@ -92,7 +92,7 @@ class Sharded:
         """Add up what both parts made; the residual is everyone's and is added once."""
         made = output[0] if isinstance(output, tuple) else output
         entered = passed[0] if passed else named["hidden_states"]
-        whole = entered + _Summed.apply(made - entered, self.reduce)
+        whole = entered + _Summed.apply(made - entered, self.reduce)  # type: ignore[no-untyped-call]
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     def _units(self, parent: nn.Module, size: int) -> int:

@@ -168,7 +168,7 @@ def _throughput(depth: int, sizes: list[tuple[int, float]], places: dict[int, Ra
 
 async def _tuned(folder: Path, model: torch.nn.Module, ranges: tuple[Range, ...], ids: list[int]) -> tuple[float, bool]:
     """Return how far two clients' prompt gradients are from local ones, and whether a server's weights moved."""
-    cut = Cut.of(model)  # type: ignore[arg-type]
+    cut = Cut.of(model)
     tokens = torch.tensor([ids * 4])
     starts = [
         torch.randn(1, 4, int(cut.config.hidden_size), generator=torch.Generator().manual_seed(s)) for s in (0, 1)
@@ -189,9 +189,9 @@ async def _gradient(cut: Cut, ids_BT: Tensor, start: Tensor, chain: Chain | None
     made = await chain.forward(hidden) if chain else cut.run(hidden)
     tail = made.detach().requires_grad_() if chain else made
     logits = cut.head(tail)[:, prompt.shape[1] : -1]
-    cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()).backward()
+    cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
     if chain:
         assert tail.grad is not None
-        hidden.backward(await chain.backward(tail.grad))
+        hidden.backward(await chain.backward(tail.grad))  # type: ignore[no-untyped-call]
     assert prompt.grad is not None
     return prompt.grad
