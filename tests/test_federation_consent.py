@@ -9,11 +9,11 @@ import pytest
 
 from mycel.data.examples import Example
 from mycel.errors import MycelError, RecipeError
+from mycel.federation.consent import Consent, read_consent
+from mycel.federation.demo import write_examples
+from mycel.federation.member import Membership, Task, base_sha256
 from mycel.models.base import find_base
 from mycel.recipe.schema import Recipe
-from mycel.run.consent import Consent, read_consent
-from mycel.run.demo import write_examples
-from mycel.run.member import Membership, Task, base_sha256
 from mycel.wire.parcel import Parcel
 
 PLAIN: dict[str, Any] = {"model.base": "micro", "data.examples": 8, "data.held_out": 2, "trainable.rank": 2}

@@ -32,13 +32,13 @@ from mycel.engines.flower.apps import client, server
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import LINE, Control, accept, listen, receive, send
 from mycel.engines.resident import PartyHost, Resident
+from mycel.federation.demo import write_examples
+from mycel.federation.execute import Federated
+from mycel.federation.member import Membership, Task, base_sha256
+from mycel.federation.place import Post
 from mycel.models.base import find_base
 from mycel.recipe import load_recipe
-from mycel.run.demo import write_examples
-from mycel.run.federated import Federated
 from mycel.run.folder import RunFolder
-from mycel.run.member import Membership, Task, base_sha256
-from mycel.run.place import Post
 from mycel.testing import check_engine
 from mycel.testing.engines import Echo, request
 

@@ -17,10 +17,10 @@ import pytest
 pytest.importorskip("cryptography", reason="the federation extra is not installed")
 
 from mycel.errors import RunError
+from mycel.federation.keyring import Keyring
 from mycel.guard import gates
 from mycel.guard.gates import BETWEEN, REQUEST, CoordinatorGate, OpenGate, PartyGate, client_context, server_context
 from mycel.guard.keys import Identity, issue, make_authority, pem, spki
-from mycel.run.keyring import Keyring
 from mycel.wire.relay import Policy, Relay
 
 PUSH, POLL, APP = "/v1/fleet/push-object", "/v1/fleet/pull-messages", "/v1/fleet/get-fab"

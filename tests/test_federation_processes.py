@@ -20,8 +20,8 @@ from thin_line import thin_line
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 from mycel.data.parties import PartyData, load_parties
+from mycel.federation.demo import PROGRAM, Village, village
 from mycel.recipe import load_recipe
-from mycel.run.demo import PROGRAM, Village, village
 from mycel.run.execute import run_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

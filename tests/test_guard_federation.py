@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 from mycel.data.parties import load_parties
+from mycel.federation.demo import village
 from mycel.recipe import load_recipe
-from mycel.run.demo import village
 from mycel.run.execute import run_recipe
 from test_federation_processes import RECIPE, go
 

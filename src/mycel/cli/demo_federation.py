@@ -14,10 +14,10 @@ from rich.console import Console
 from mycel.cli.progress import show_progress
 from mycel.data.parties import load_parties
 from mycel.errors import EngineError
+from mycel.federation.demo import PROGRAM, Village, village
 from mycel.models.base import find_base
 from mycel.recipe import load_recipe
 from mycel.recipe.schema import Recipe
-from mycel.run.demo import PROGRAM, Village, village
 from mycel.run.execute import run_recipe
 
 THREE = ['data.parties="dirichlet(0.5)"', "data.count=3", "compare=[]"]

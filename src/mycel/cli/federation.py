@@ -19,7 +19,7 @@ from mycel.errors import RunError
 
 def coordinator_command(listen: str, keys: Path | None, insecure: bool) -> None:
     """Serve as a coordinator until stopped."""
-    from mycel.run.hub import Hub
+    from mycel.federation.hub import Hub
 
     if insecure == (keys is not None):
         raise RunError("name the folder of keys with --keys, or say --insecure for plain text and no keys: one of them")
@@ -28,11 +28,11 @@ def coordinator_command(listen: str, keys: Path | None, insecure: bool) -> None:
 
 def join_command(address: str, key: Path | None, data: Path, name: str, consent: Path | None, insecure: bool) -> None:
     """Take part in a federation until stopped."""
+    from mycel.federation.consent import read_consent
+    from mycel.federation.member import Membership
+    from mycel.federation.place import state_folder
+    from mycel.federation.seat import Seat
     from mycel.guard.keys import Identity
-    from mycel.run.consent import read_consent
-    from mycel.run.member import Membership
-    from mycel.run.place import state_folder
-    from mycel.run.seat import Seat
 
     if insecure == (key is not None):
         raise RunError("name this party's key with --key, or say --insecure for plain text and no key: one of them")
@@ -47,7 +47,7 @@ def join_command(address: str, key: Path | None, data: Path, name: str, consent:
 
 def status_command(address: str, as_json: bool) -> None:
     """Show how a coordinator of this machine and its run stand."""
-    from mycel.run.place import overview
+    from mycel.federation.place import overview
 
     found = overview(address)
     if as_json:

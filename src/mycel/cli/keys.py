@@ -27,7 +27,7 @@ def init(
     ] = None,
 ) -> None:
     """Make an authority, the coordinator's key, and a key for each party."""
-    from mycel.run.keyring import Keyring
+    from mycel.federation.keyring import Keyring
 
     Keyring.make(keys, host or LOOPBACK, party or [], days, authority)
     typer.echo(f"keys are in {keys}: hand each party its file of {keys / 'parties'}, and remove it there")
@@ -36,7 +36,7 @@ def init(
 @keys_app.command("add", epilog="Example: mycel keys add registry")
 def add(name: str, keys: Keys = FOLDER, days: Days = 365.0) -> None:
     """Make a key for one more party and admit it."""
-    from mycel.run.keyring import Keyring
+    from mycel.federation.keyring import Keyring
 
     typer.echo(str(Keyring(keys).add(name, days)))
 
@@ -44,7 +44,7 @@ def add(name: str, keys: Keys = FOLDER, days: Days = 365.0) -> None:
 @keys_app.command("admit", epilog="Example: mycel keys admit clinic.crt")
 def admit(certificate: Path, keys: Keys = FOLDER) -> None:
     """Admit a party whose certificate the authority has signed elsewhere."""
-    from mycel.run.keyring import Keyring
+    from mycel.federation.keyring import Keyring
 
     typer.echo(f"{Keyring(keys).admit(certificate)} is admitted")
 
@@ -52,7 +52,7 @@ def admit(certificate: Path, keys: Keys = FOLDER) -> None:
 @keys_app.command("revoke", epilog="Example: mycel keys revoke clinic")
 def revoke(name: str, keys: Keys = FOLDER) -> None:
     """Admit a party no longer; a running coordinator takes notice at once."""
-    from mycel.run.keyring import Keyring
+    from mycel.federation.keyring import Keyring
 
     Keyring(keys).revoke(name)
     typer.echo(f"{name} is admitted no longer")

@@ -20,7 +20,7 @@ def run_command(name: str, overrides: list[str], out: Path | None, resume: bool,
     with show_progress(messages) as watcher:
         watcher.phase("loading libraries", 0, 1)
         if on:
-            from mycel.run.federated import run_federated
+            from mycel.federation.execute import run_federated
 
             watcher.phase("loading libraries", 1, 1)
             result = run_federated(recipe, on, folder, resume, watcher)

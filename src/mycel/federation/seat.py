@@ -18,10 +18,10 @@ from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
 from mycel.engines.line import accept, listen, receive, send
 from mycel.engines.resident import PartyHost, Resident
+from mycel.federation.hub import split
+from mycel.federation.place import state_folder
 from mycel.guard.gates import PartyGate, client_context, server_context
 from mycel.guard.keys import Identity, issue, make_authority, openssh_private, pem
-from mycel.run.hub import split
-from mycel.run.place import state_folder
 from mycel.wire.relay import Relay
 
 SOONEST, LATEST = 1.0, 10.0  # seconds after which a node that has ended is started again, doubling

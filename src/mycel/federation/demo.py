@@ -17,8 +17,8 @@ from mycel.data.examples import Example
 from mycel.data.parties import PartyData
 from mycel.engines.children import free_port, start
 from mycel.errors import EngineError
-from mycel.run.keyring import Keyring
-from mycel.run.place import read_post
+from mycel.federation.keyring import Keyring
+from mycel.federation.place import read_post
 
 PROGRAM = [sys.executable, "-c", "from mycel.cli import main; main()"]
 

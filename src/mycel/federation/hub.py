@@ -16,11 +16,11 @@ from mycel.engines import children
 from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
 from mycel.errors import EngineError, RunError
+from mycel.federation.keyring import Keyring
+from mycel.federation.place import Post, state_folder, write_post
 from mycel.guard.gates import CoordinatorGate, OpenGate, client_context, server_context
 from mycel.guard.keys import Identity, issue, make_authority, openssh_public, pem
 from mycel.run.folder import write_json
-from mycel.run.keyring import Keyring
-from mycel.run.place import Post, state_folder, write_post
 from mycel.wire.relay import Policy, Relay
 
 TICK = 1.0  # seconds between looks at who is admitted and whether the SuperLink is there

@@ -19,6 +19,7 @@ from mycel.data.sources import load_examples
 from mycel.data.tokens import TokenStore
 from mycel.engines.line import Control
 from mycel.errors import ModelError, ParcelError, RecipeError
+from mycel.federation.consent import Consent
 from mycel.fleet import load_fleet
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.load import check
@@ -27,7 +28,6 @@ from mycel.rounds.sealing import Sealing
 from mycel.rounds.simulation import describe
 from mycel.rounds.site import Job, Site
 from mycel.rounds.world import World
-from mycel.run.consent import Consent
 from mycel.run.plan import peak_bytes
 
 VERSION = 1  # of what travels beside parcels

@@ -28,6 +28,8 @@ from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.flower.launch import has_ended, submit
 from mycel.engines.line import listen, opened
 from mycel.errors import EngineError
+from mycel.federation.member import Task, base_sha256
+from mycel.federation.place import Post, read_post, state_folder, write_status
 from mycel.fleet import load_fleet
 from mycel.models.base import find_base
 from mycel.recipe.schema import Recipe
@@ -43,8 +45,6 @@ from mycel.run.execute import Execution, Silent, Watcher, check_recipe
 from mycel.run.folder import RunFolder, write_json, writing
 from mycel.run.frames import FrameRecorder, audit_run
 from mycel.run.log import EventLog
-from mycel.run.member import Task, base_sha256
-from mycel.run.place import Post, read_post, state_folder, write_status
 from mycel.run.result import build_result
 from mycel.wire.shelf import Shelf
 
