@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,23 +44,23 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, float, Coefficients]:
     """Find the machine's figures that explain measured steps best, in logarithms of seconds."""
 
     def unpack(point: Any) -> tuple[float, float, Coefficients]:
-        speed, mbps, operation, call = np.exp(point)
-        return float(speed), float(mbps), Coefficients(float(operation), float(call), 1.0, CORES)
+        speed, mbps, operation, call, update = (float(value) for value in np.exp(point))
+        return speed, mbps, Coefficients(operation, call, 1.0, CORES, update)
 
     def errors(point: Any) -> list[float]:
         speed, mbps, known = unpack(point)
         return [float(np.log(predicted(row, speed, mbps, known).seconds / row["seconds"])) for row in rows]
 
-    start = np.log([20.0, 5e3, 2e-4, 3e-4])
+    start = np.log([20.0, 5e3, 2e-4, 3e-4, 3e-9])
     speed, mbps, known = unpack(least_squares(errors, start, loss="soft_l1").x)
     factors = [_factor(row, speed, mbps, known) for row in rows]
-    return speed, mbps, Coefficients(known.operation, known.call, median(factors), CORES)
+    return speed, mbps, replace(known, activation=median(factors))
 
 
 def _factor(row: dict[str, Any], speed: float, mbps: float, known: Coefficients) -> float:
     """Return the factor on activations with which a layout's memory comes out as measured."""
     one = predicted(row, speed, mbps, known).memory
-    none = predicted(row, speed, mbps, Coefficients(known.operation, known.call, 0.0, CORES)).memory
+    none = predicted(row, speed, mbps, replace(known, activation=0.0)).memory
     return float((row["memory"] - none) / (one - none))
 
 

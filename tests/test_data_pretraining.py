@@ -25,7 +25,7 @@ SENTENCE = "the sea was calm and grey that morning while boats went out to fish 
 WORDS = SENTENCE.split()
 
 
-def document(seed: int, words: int = 60) -> str:
+def document(seed: int, words: int = 150) -> str:
     chance = random.Random(seed)
     return " ".join(f"{chance.choice(WORDS)}{chance.randint(0, 99)}x" for _ in range(words)).replace("x", "")
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+SENDING = ("allreduce", "all_reduce", "allgather", "all_gather", "reduce_scatter", "broadcast", "send", "alltoall")
+
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, counts what is sent.
@@ -43,7 +45,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _bytes_of(space: str, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-    if name.startswith(("wait", "barrier", "recv")):
+    if not name.lstrip("_").startswith(SENDING):
         return 0
     tensors = [tensor for tensor in _flat(args) if isinstance(tensor, Tensor)]
     if not tensors:

@@ -6,7 +6,8 @@ tensor ranks, R = D S replicas, and a stage's weights W (numbers of 4 bytes):
     compute     a stage's flops / (D S N) / speed of its slowest device; a step: sum of the stages + (M - 1) slowest
     FSDP        gathers of W for the way forward and, of blocks, again for the way back; one reduce-scatter of W:
                 each 4 W (R - 1) / R / N bytes a rank
-    tensor      4 all-reduces a block and micro-batch of its hidden states: 8 (N - 1) / N bytes a number
+    tensor      7 all-reduces a block and micro-batch of its hidden states (2 forward; 5 back, one for each matrix that
+                they enter): 8 (N - 1) / N bytes a number
     sequence    keys and values gathered and their gradients scattered: 4 x 4 (S - 1) bytes a number and block
     pipeline    hidden states and their gradients to the neighbour: 4 bytes a number, each way
     memory      4 x (W / R / N) x (value, gradient, 2 moments) + what is gathered at once + activations kept
@@ -40,6 +41,8 @@ class Coefficients:
         Seconds that a block's pass costs whatever its size: its kernels' launches.
     call : float
         Seconds that a collective costs whatever its size, for each rank in it.
+    update : float
+        Seconds that the optimiser takes for a number of a rank's own shard.
     activation : float
         Factor on the activations' bytes.
     cores : int
@@ -50,6 +53,7 @@ class Coefficients:
     call: float = 0.0
     activation: float = 1.0
     cores: int = 0
+    update: float = 0.0
 
 
 NOMINAL = Coefficients()
@@ -115,7 +119,10 @@ def predict(
     for place, held in enumerate(stages):
         sent, calls = traffic(work, layout, split, place)
         memory = memory_of(work, layout, split, place, known)
-        moving = max(transfer_seconds(device, sent, calls, known, layout) for device in held)
+        moving = max(transfer_seconds(device, sent, calls, known) for device in held)
+        if known.cores:
+            moving *= max(1.0, len(devices) / known.cores)
+        moving += known.update * own_weights(work, layout, split, place)
         exchange = max(exchange, moving)
         ranks += [RankCost(micro[place] * layout.micro_batches, sent, calls, memory)] * inside
     seconds = compute + exchange
@@ -149,12 +156,12 @@ def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tup
     if replicas > 1:
         ring = (replicas - 1) / replicas * NUMBER
         within = blocks * sharded_block(graph, tensor)
-        times = 1 + layout.micro_batches if layout.pipeline == 1 else 2
+        times = 2 * layout.micro_batches if layout.pipeline == 1 else 1 + layout.micro_batches
         sent += ring * (within * (times + 1) + 2 * outside_weights(graph, layout, place))
         calls += 3 * blocks + 2
     if tensor > 1:
-        sent += 4 * blocks * hidden * 2 * (tensor - 1) / tensor
-        calls += 4 * blocks * layout.micro_batches
+        sent += 7 * blocks * hidden * 2 * (tensor - 1) / tensor
+        calls += 7 * blocks * layout.micro_batches
     if sequence > 1:
         sent += 4 * blocks * hidden / tensor * (sequence - 1)
         calls += 4 * blocks * layout.micro_batches
@@ -184,7 +191,7 @@ def memory_of(work: Work, layout: Layout, split: Sequence[int], place: int, know
     graph, blocks = work.graph, split[place]
     replicas = layout.data * layout.sequence
     block, outside = sharded_block(graph, layout.tensor), outside_weights(graph, layout, place)
-    own = (blocks * block + outside) / replicas
+    own = own_weights(work, layout, split, place)
     gathered = (outside + 2 * block) if replicas > 1 else 0.0
     tokens = work.batch_size / layout.data / layout.micro_batches * graph.length / layout.sequence
     flying = min(layout.micro_batches, layout.pipeline - place) if layout.schedule == "1f1b" else layout.micro_batches
@@ -197,7 +204,13 @@ def memory_of(work: Work, layout: Layout, split: Sequence[int], place: int, know
     return NUMBER * (4 * own + gathered + known.activation * tokens * flying * kept)
 
 
-def transfer_seconds(device: Device, sent: float, calls: float, known: Coefficients, layout: Layout) -> float:
+def own_weights(work: Work, layout: Layout, split: Sequence[int], place: int) -> float:
+    """Numbers of the weights that a rank of a stage keeps for itself."""
+    block, outside = sharded_block(work.graph, layout.tensor), outside_weights(work.graph, layout, place)
+    return (split[place] * block + outside) / (layout.data * layout.sequence)
+
+
+def transfer_seconds(device: Device, sent: float, calls: float, known: Coefficients) -> float:
     """Seconds that a device's share of the traffic takes on its link."""
     link = device.link
     return calls * (known.call + link.latency_ms / 1e3) + 8e-6 * sent / min(link.up_mbps, link.down_mbps)

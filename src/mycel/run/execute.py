@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mycel.catalog import load_system
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.partition import parse_partition
 from mycel.data.tokens import TokenStore
@@ -27,6 +26,7 @@ from mycel.recipe.schema import Recipe
 from mycel.report import write_report
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.probe import Probes, probe_all
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
 from mycel.rounds.world import World
 from mycel.run.arms import Arm, arms_of
@@ -34,9 +34,12 @@ from mycel.run.checkpoint import Sparing, checkpoint_clock, homes_of, read_check
 from mycel.run.folder import RunFolder, write_json, writing
 from mycel.run.frames import FrameRecorder, audit_run
 from mycel.run.log import EventLog
+from mycel.run.plan import as_predicted, forecast
 from mycel.run.result import build_result
 from mycel.wire.codecs import parse_codec
 from mycel.wire.shelf import Shelf
+
+FORETOLD = 100  # parties up to which a run's plan is made again for its report
 
 
 class Watcher(Protocol):
@@ -85,6 +88,8 @@ class Execution:
                 finished = self._run_arms(place, base)
                 probes = probe_all(finished, place.labour) if self.recipe.compare else Probes()
             result = build_result(self.recipe, finished, probes, time.monotonic() - started)
+            if len(finished["system"].world.nodes) <= FORETOLD:
+                result["predicted"] = as_predicted(forecast(finished["system"].world))
             self._save_model(finished["system"])
             if self.recipe.guard.record_frames:
                 result["audit"] = audit_run(self.folder.path)

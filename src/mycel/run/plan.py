@@ -82,26 +82,55 @@ def make_plan(recipe: Recipe) -> Forecast:
     site = Site(Job(recipe, "planned", ""), bases={"planned": base})
     world = World(recipe, fleet, [_node(recipe, index, party) for index, party in enumerate(parties)], site)
     world.prepare()
-    state = site.system.begin(world)
-    briefs = [site.system.brief(state, node.index) for node in world.nodes]
-    briefs = [site.system.abridge(brief, state, node) for node, brief in enumerate(briefs)]
-    plans = [_party(world, fleet, node, brief, site) for node, brief in zip(world.nodes, briefs, strict=True)]
-    share = max(1, round(recipe.rounds.cohort * len(plans)))
-    down = sum(plan.bytes_down for plan in plans) * share // len(plans)
+    found = forecast(world)
+    for node, plan in zip(world.nodes, found.parties, strict=True):
+        device = world.device(node.index)
+        if plan.peak_bytes > device.memory_gib * GIB:
+            raise RecipeError(
+                f"party {node.name!r} needs {plan.peak_bytes / GIB:.1f} GiB on {device.name!r}, which has "
+                f"{device.memory_gib:g}: try a smaller training.batch_size, data.max_length or trainable.rank"
+            )
+    return found
+
+
+def forecast(world: World) -> Forecast:
+    """Predict what a run over an opened world will cost, from frames really serialised and the fleet's description."""
+    recipe, system = world.recipe, world.site.system
+    state = system.begin(world)
+    plans = []
+    for node in world.nodes:
+        brief = system.abridge(system.brief(state, node.index), state, node.index)
+        plans.append(_party(world, world.fleet, node, brief, world.site))
+    answers, seconds = _course(recipe, [plan.round_seconds for plan in plans])
+    mean_down = sum(plan.bytes_down for plan in plans) / len(plans)
     ups = [plan.bytes_up for plan in plans if plan.bytes_up is not None]
-    one_at_a_time = recipe.rounds.pace == "sequential"
-    each = [plan.round_seconds for plan in plans]
-    seconds = recipe.rounds.count * (sum(each) / len(each) if one_at_a_time else max(each))
-    visits = recipe.rounds.count * (1 / len(plans) if one_at_a_time else 1)
+    delivery = max(world.device(node.index).link.down_seconds(plans[node.index].bytes_down) for node in world.nodes)
     return Forecast(
         plans,
         world.parameters,
         world.trainable().size(),
         recipe.rounds.count,
-        seconds,
-        round(down * visits),
-        round(sum(ups) * share / len(plans) * visits) if len(ups) == len(plans) else None,
+        seconds + delivery,
+        round(mean_down * (answers + len(plans))),
+        round(sum(ups) / len(ups) * answers) if len(ups) == len(plans) else None,
     )
+
+
+def _course(recipe: Recipe, each: list[float]) -> tuple[float, float]:
+    """How many answers a run takes in all, and its seconds without the delivery, from each party's of one round."""
+    rounds, name = recipe.rounds, recipe.rounds.pace.partition("(")[0]
+    if name == "sequential":
+        return rounds.count, rounds.count * sum(each) / len(each)
+    if name == "buffered":
+        answers = rounds.count * int(rounds.pace.partition("(")[2].rstrip(")"))
+        return answers, answers / sum(1 / seconds for seconds in each)
+    return rounds.count * max(1, round(rounds.cohort * len(each))), rounds.count * max(each)
+
+
+def as_predicted(found: Forecast) -> dict[str, Any]:
+    """Lay a forecast out under the names that ``result.json`` measures the same under."""
+    sent = {"down": found.bytes_down} | ({} if found.bytes_up is None else {"up": found.bytes_up})
+    return {"virtual_seconds": found.virtual_seconds, "bytes": sent}
 
 
 def _base(recipe: Recipe) -> Base:
@@ -122,6 +151,10 @@ def _node(recipe: Recipe, index: int, party: PartyData) -> Node:
 
     lengths = [tokens(example.prompt, example.response) for example in party.train]
     held_out = sum(tokens(example.prompt, example.response) for example in party.held_out)
+    if recipe.data.pack:
+        texts = sum(len(example.prompt) + len(example.response) for example in party.train) / CHARACTERS_PER_TOKEN
+        rows = max(1, int((texts + len(party.train)) / recipe.data.max_length))
+        lengths = [float(recipe.data.max_length)] * rows
     ranks = recipe.trainable.rank if recipe.trainable.kind == "lora" else None
     rank = ranks[index % len(ranks)] if isinstance(ranks, list) else ranks
     return Node(index, party.name, len(lengths), sum(lengths) / len(lengths), round(held_out), rank)
@@ -137,14 +170,12 @@ def _party(world: World, fleet: Fleet, node: Node, brief: Parcel, site: Site) ->
         update = {name: torch.randn(shape, generator=source) for name, shape in expected.items()}
         answer = Parcel("answer", {"samples": node.samples, "loss": 1.0}, with_role("update", update))
         up = len(answer.to_bytes(parse_codec(wire.codec)))
-    compute = world.compute_seconds(node.index, world.recipe.rounds.local_steps, 1)
-    seconds = compute + device.link.down_seconds(down) + device.link.up_seconds(up or 0)
+    steps = int(brief.header.get("steps", world.recipe.rounds.local_steps))
+    evaluated = world.compute_seconds(node.index, 0, 1) / world.recipe.rounds.evaluate_every
+    compute = world.compute_seconds(node.index, steps, 0) + evaluated
+    travel = device.link.down_seconds(down) + device.link.up_seconds(up or 0)
+    seconds = max(compute, travel) if site.system.ahead else compute + travel
     peak = peak_bytes(world, node)
-    if peak > device.memory_gib * GIB:
-        raise RecipeError(
-            f"party {node.name!r} needs {peak / GIB:.1f} GiB on {device.name!r}, which has {device.memory_gib:g}: "
-            "try a smaller training.batch_size, data.max_length or trainable.rank"
-        )
     joules = compute * device.watts
     money = seconds / 3600 * device.price_per_hour + (down + (up or 0)) / GIB * device.link.price_per_gib
     return PartyPlan(node.name, device.name, node.samples, node.rank, down, up, compute, seconds, peak, joules, money)
