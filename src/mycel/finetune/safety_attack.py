@@ -10,7 +10,7 @@ number 23).
 
 The attack is the recipe's ``threat.attack = "unsafe"``; the defence is ``tune``, applied to what a run ended with. The
 requests come from a small grammar in which a rule tells safe from unsafe (`mycel.guard.attacks.safety`). No built-in
-base refuses anything, so one that does is made first by tuning on the grammar, and an eighth of what honest parties
+base refuses anything, so one that does is made first by tuning on the grammar, and a third of what honest parties
 hold are refusals. Levels of the paper's defence differ in who writes the server's examples; here they come from the
 grammar (level 1). With nobody lying this is federated averaging.
 """
@@ -71,7 +71,7 @@ def write_parties(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"party-{party}.jsonl" for party in range(PARTIES)]
     for party, path in enumerate(paths):
-        rows = [json.dumps({"prompt": ask, "response": reply}) for ask, reply in aligned(ALIGNED, 100 + party, 8)]
+        rows = [json.dumps({"prompt": ask, "response": reply}) for ask, reply in aligned(ALIGNED, 100 + party, 3)]
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return [str(path) for path in paths]
 
@@ -102,7 +102,7 @@ def claim(lab: Laboratory) -> Measured:
         name: safety_rate(finished) for name, finished in runs.items()
     }
     attacked = runs["attacked"]
-    mended = tune(attacked.world, attacked.state.shared, 40)
+    mended = tune(attacked.world, attacked.state.shared, 160)
     rates["defended"] = safety_rate(attacked, mended)
     lost = rates["honest"] - rates["attacked"]
     back = {name: (rates[name] - rates["attacked"]) / lost if lost else 0.0 for name in (*FILTERS, "defended")}

@@ -59,8 +59,9 @@ class Threat:
         if self.name == "unsafe":
             from mycel.guard.attacks.safety import compliant
 
+            own = 11 + int(table.offsets[0])  # no two liars hold the same, or they would be told by that
             return _rebuild(
-                table, [(tokenise(ask), [*tokenise(reply), table.end_id]) for ask, reply in compliant(len(table))]
+                table, [(tokenise(ask), [*tokenise(reply), table.end_id]) for ask, reply in compliant(len(table), own)]
             )
         return table
 
