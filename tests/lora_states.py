@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mycel.catalog import load_system
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
 from mycel.rounds.system import Answer, System
 from mycel.wire.parcel import Parcel, Tensors

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mycel.catalog import load_system
 from mycel.finetune.fedkseed import PLAIN
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State, System
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel, Tensors

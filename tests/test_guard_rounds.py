@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mycel.catalog import load_system
 from mycel.errors import EngineError, RecipeError
 from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.hidden_sums import plain_sums
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.testing.leaving import Leaving
 from rounds_by_hand import SMALL, same

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from mycel.catalog import ENTRIES, load_system
+from mycel.catalog import ENTRIES
 from mycel.engines.inprocess import Labour
 from mycel.engines.pool import Reply
 from mycel.errors import RecipeError, RunError
 from mycel.finetune.fedavg_t5 import T5
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.world import World
 from mycel.run.checkpoint import checkpoint_clock, homes_of, read_checkpoint, restore, save_checkpoint

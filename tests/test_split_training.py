@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from decoders import decoder
-from mycel.catalog import load_system
 from mycel.errors import EngineError, RecipeError
 from mycel.finetune.split_lora import SplitLora
 from mycel.models.cut import Cut
 from mycel.recipe.schema import Recipe
+from mycel.rounds.registry import load_system
 from mycel.segments.segment import Segment
 from mycel.segments.training import Chain
 from swarms import bench

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lora_states import LAYERS, RANKS, SMALL, Runs, answer, build, close, dense_mean, random_lora, runner, sizes_of
-from mycel.catalog import load_system
 from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.flexlora import product_svd
 from mycel.models.lora import Lora
@@ -19,6 +18,7 @@ from mycel.rounds.algebra import resize_rank, weighted_mean
 from mycel.rounds.effective import aggregation_error, aggregation_errors, play_round
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.rounds.party import Party
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import State, System
 from mycel.run.execute import check_recipe
 from mycel.testing.bases import random_base

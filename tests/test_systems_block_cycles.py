@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mycel.catalog import load_system
 from mycel.errors import RecipeError
 from mycel.finetune.fedcybgd import FedCyBGD, cut_blocks
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import State, group
 from rounds_by_hand import FULL, SMALL, Play, same
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from mycel.catalog import load_system
 from mycel.errors import RecipeError
 from mycel.finetune.fedmezo import deviations, differences, step_bytes
 from mycel.recipe.schema import Recipe
@@ -16,6 +15,7 @@ from mycel.rounds.algebra import cosine
 from mycel.rounds.footprint import peak_bytes
 from mycel.rounds.gradients import two_point
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State
 from mycel.wire.parcel import Parcel
 from mycel.wire.randomness import direction

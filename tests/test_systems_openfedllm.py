@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mycel.catalog import load_system
 from mycel.data.tokens import TokenTable
 from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.mira import Mira, neighbours
@@ -26,6 +25,7 @@ from mycel.rounds.algebra import add, norm, subtract, weighted_mean
 from mycel.rounds.drift import Drift, agreement
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.party import Party
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State, check_answer, group
 from mycel.testing import check_combine
 from mycel.wire.parcel import Parcel, Tensors

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mycel.catalog import load_system
 from mycel.data.tokens import Batch
 from mycel.errors import ModelError, RecipeError
 from mycel.finetune.fedpt import FedPT, distillation_loss, predictions
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
 from mycel.rounds.system import Outcome, State
 from mycel.testing.bases import random_base

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mycel.catalog import load_system
 from mycel.errors import RecipeError
 from mycel.finetune.fedkseed import PLAIN, FedKSeed, rebuilt_alike, round_bytes
 from mycel.finetune.fedkseed_pro import odds_of
@@ -16,6 +15,7 @@ from mycel.models.base import open_base
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import norm
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.replay import draws, pool_of
 from mycel.rounds.site import Job, Site
 from mycel.rounds.system import Answer, State

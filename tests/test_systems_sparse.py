@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lora_states import LAYERS, SMALL, Runs, answer, build, close, random_lora, runner, sizes_of
-from mycel.catalog import load_system
 from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.flasc import flatten, pack, unflatten, unpack
 from mycel.finetune.lora_a2 import choose, masks, scatter
 from mycel.recipe.schema import Recipe
 from mycel.rounds.effective import play_round
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, Outcome, State, group
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 
-from mycel.catalog import load_system
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg_t5 import T5, FedAvgT5, centralised
 from mycel.models.base import open_base
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
 from mycel.rounds.system import Answer, State, with_role
 from mycel.testing.bases import HIDDEN, random_base

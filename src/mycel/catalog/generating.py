@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mycel.catalog.entries import Entry
+from mycel.catalog.entry import Entry
 
 
 def _served(name: str, number: int | None, way: str, factory: str, paper: str, claim: str) -> Entry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mycel.catalog.entries import Entry
+from mycel.catalog.entry import Entry
 
 
 def _segments(name: str, number: int, stage: str, factory: str, paper: str, claim: str) -> Entry:

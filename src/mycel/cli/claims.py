@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mycel.catalog import ENTRIES, Entry, entry, load_claim
+from mycel.catalog import ENTRIES, Entry, entry
 
 
 def claims_command(names: list[str], as_json: bool) -> None:
@@ -20,6 +20,7 @@ def claims_command(names: list[str], as_json: bool) -> None:
     with messages.status("loading libraries") as status:
         from mycel.models.base import find_base
         from mycel.rounds.laboratory import laboratory
+        from mycel.rounds.registry import load_claim
 
         find_base("tiny", lambda phase, done, total: status.update(f"{phase} {done}/{total}"))
         with laboratory() as lab:

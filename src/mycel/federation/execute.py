@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from mycel.catalog import load_system
 from mycel.data.table import TokenTable
 from mycel.data.tokens import TokenStore
 from mycel.engines.flower.engine import FlowerEngine
@@ -37,6 +36,7 @@ from mycel.report import write_report
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.probe import Probes
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
 from mycel.rounds.site import Job, Site
 from mycel.rounds.world import Node, World

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mycel.catalog import load_system
 from mycel.models.trainable import Trainable
 from mycel.rounds.algebra import norm, subtract, weighted_mean
 from mycel.rounds.party import Party
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State, System
 from mycel.rounds.training import TrainingResult
 from mycel.rounds.world import World

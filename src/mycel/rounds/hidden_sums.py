@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from mycel.catalog import load_system
 from mycel.rounds.algebra import scale
+from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State, group, with_role
 from mycel.rounds.world import World
 from mycel.wire.codecs import parse_codec

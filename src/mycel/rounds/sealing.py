@@ -95,4 +95,3 @@ def noise_of(recipe: Recipe, odds: float = 1.0, steps: int = 1) -> float:
     """
     guard = recipe.guard
     return guard.noise or calibrate(guard.epsilon, guard.delta, odds, steps * recipe.rounds.count)
-

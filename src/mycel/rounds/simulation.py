@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from mycel.catalog import load_system
 from mycel.data.tokens import TokenStore
 from mycel.engines.inprocess import InProcessEngine, Labour
 from mycel.engines.pool import Inline, WorkerPool
@@ -23,6 +22,7 @@ from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.host import Sites
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.progress import Progress, Record, read_scores
+from mycel.rounds.registry import load_system
 from mycel.rounds.site import Job
 from mycel.rounds.system import State, System
 from mycel.rounds.world import Node, World

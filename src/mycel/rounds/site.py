@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mycel.catalog import load_system
 from mycel.data.tokens import TokenStore
 from mycel.evaluate.metrics import Scores, held_out
 from mycel.guard.attacks.threats import parse_threat
@@ -21,6 +20,7 @@ from mycel.models.base import Base, open_base
 from mycel.models.trainable import Trainable, build_trainable
 from mycel.recipe.schema import Recipe, Wire
 from mycel.rounds.party import Party
+from mycel.rounds.registry import load_system
 from mycel.rounds.sealing import Sealing, is_letter
 from mycel.rounds.system import System, check_answer, group, with_role
 from mycel.wire.codecs import parse_codec

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mycel.catalog import load_system
 from mycel.collectives.layout import check_layout, ranks_of
 from mycel.collectives.program import Course, Program, checkpoint_folder
 from mycel.collectives.ranks import Ranks, island
@@ -26,6 +25,7 @@ from mycel.models.base import Base, find_base, open_base, save_model
 from mycel.models.layers import weight_sites
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
+from mycel.rounds.registry import load_system
 from mycel.run.folder import RunFolder, write_json
 from mycel.run.log import EventLog
 
