@@ -105,7 +105,8 @@ def nearest_mixture(rows: Tensor, centre: Tensor) -> Tensor:
     matrix = rows.double()
     inner = matrix @ matrix.T
     ridge = 1e-9 * inner.diagonal().mean().clamp_min(1e-30) * torch.eye(len(inner), dtype=torch.float64)
-    return torch.linalg.solve(inner + ridge, matrix @ centre.double()).clamp_min(0.0)
+    shares: Tensor = torch.linalg.solve(inner + ridge, matrix @ centre.double())
+    return shares.clamp_min(0.0)
 
 
 def _row(tensors: Tensors) -> Tensor:
