@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,16 @@ def load(memory: dict[str, Any], argument: Parcel) -> Parcel:
 
 PROGRAM = Program({"put": put, "get": get, "store": store, "load": load}, {"parties": 2})
 OTHER = Program({"put": put, "get": get, "store": store, "load": load}, {"parties": 3})
+
+
+def overhearing(seen: list[Whole], ring: Whole) -> Callable[[Whole], Whole]:
+    """Return the product with ``ring``, which takes down what it is given."""
+
+    def multiply(rows: Whole) -> Whole:
+        seen.append(rows)
+        return product(rows, ring)
+
+    return multiply
 
 
 @pytest.fixture
@@ -82,7 +92,12 @@ def test_wrong_measurements_platforms_calls_and_replays_are_refused(platform: Pl
     carried: list[tuple[bytes, bytes]] = []
     carry = enclave.carry
     visitor = Visitor(enclave, platform.public, [PROGRAM.measurement()])
-    enclave.carry = lambda hello, sealed: (carried.append((hello, sealed)), carry(hello, sealed))[1]  # type: ignore[method-assign]
+
+    def overheard(hello: bytes, sealed: bytes) -> bytes:
+        carried.append((hello, sealed))
+        return carry(hello, sealed)
+
+    enclave.carry = overheard  # type: ignore[method-assign]
     secret = torch.full((3,), 123456.0)
     visitor.call("put", Parcel("call", {}, {"values": secret}))
     assert secret.numpy().tobytes() not in carried[0][1]
@@ -96,7 +111,7 @@ def test_padded_layers_are_exact_in_fixed_point_and_pads_serve_once() -> None:
     inputs = source.normal(size=(7, 40)).astype(np.float32)
     seen: list[Whole] = []
     ring = to_ring(weight)
-    layer = PaddedLinear(weight, lambda rows: (seen.append(rows), product(rows, ring))[1], check=True)
+    layer = PaddedLinear(weight, overhearing(seen, ring), check=True)
     layer.prepare(7)
     found = layer(inputs)
     exact = product(to_ring(inputs), ring).view(np.int64) / 2.0**32
@@ -128,7 +143,7 @@ def test_what_the_other_process_sees_says_nothing_of_the_input() -> None:
     weight = source.normal(size=(8, 16)).astype(np.float32)
     seen: list[Whole] = []
     ring = to_ring(weight)
-    layer = PaddedLinear(weight, lambda rows: (seen.append(rows), product(rows, ring))[1])
+    layer = PaddedLinear(weight, overhearing(seen, ring))
     layer.prepare(400)
     layer(inputs)
     padded = seen[0].view(np.int64) / 2.0**63

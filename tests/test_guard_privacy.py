@@ -37,7 +37,7 @@ def _classic(noise: float, odds: float, steps: int, delta: float) -> float:
 
     orders = [1 + step / 10 for step in range(1, 100)] + list(range(12, 64))
     spent = rdp.compute_rdp(q=odds, noise_multiplier=noise, steps=steps, orders=orders)
-    return min(cost + math.log(1 / delta) / (order - 1) for cost, order in zip(spent, orders, strict=True))
+    return min(float(cost) + math.log(1 / delta) / (order - 1) for cost, order in zip(spent, orders, strict=True))
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (2.0, 4), (5.0, 1), (8.0, 16)])

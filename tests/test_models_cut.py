@@ -59,7 +59,7 @@ def test_a_model_on_three_hosts_equals_the_whole(family: str, tmp_path: Path) ->
 def test_gradients_cross_the_cut(family: str) -> None:
     model = decoder(family).requires_grad_(True)
     names = [name for name, _ in model.named_parameters()]
-    model(PROMPT, labels=PROMPT).loss.backward()  # type: ignore[no-untyped-call]
+    model(PROMPT, labels=PROMPT).loss.backward()
     expected = [parameter.grad for _, parameter in model.named_parameters()]
     model.zero_grad()
     cut = Cut.of(model)
@@ -70,7 +70,7 @@ def test_gradients_cross_the_cut(family: str) -> None:
         crossed.append((hidden, arrived))
         hidden = cut.run(arrived, block, block + 1)
     logits = cut.head(hidden)
-    model.loss_function(logits=logits, labels=PROMPT, vocab_size=model.config.vocab_size).backward()  # type: ignore[no-untyped-call]
+    model.loss_function(logits=logits, labels=PROMPT, vocab_size=model.config.vocab_size).backward()
     for left, arrived in reversed(crossed):
         left.backward(arrived.grad)  # type: ignore[no-untyped-call]
     for name, parameter, gradient in zip(names, model.parameters(), expected, strict=True):
