@@ -116,7 +116,7 @@ def test_padded_layers_are_exact_in_fixed_point_and_pads_serve_once() -> None:
     found = layer(inputs)
     exact = product(to_ring(inputs), ring).view(np.int64) / 2.0**32
     assert np.array_equal(found, exact.astype(np.float32))
-    assert np.allclose(found, inputs @ weight.T, atol=2e-3)
+    np.testing.assert_allclose(found, inputs @ weight.T, rtol=0, atol=2e-3)
     with pytest.raises(ParcelError, match="no pad"):
         layer(inputs)
     layer.prepare(7)
