@@ -46,7 +46,7 @@ class Pipeline:
         Runs in another thread than the one that calls ``run``.
     """
 
-    memory = None
+    memory: Any = None  # an engine that has pages puts them here; here are none
     position_bytes = 0
 
     def __init__(self, model: SwarmModel, loop: asyncio.AbstractEventLoop) -> None:
