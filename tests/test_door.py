@@ -19,7 +19,9 @@ import httpx
 import openai
 import pytest
 
+from mycel.errors import RunError
 from mycel.models.base import Base
+from mycel.report import write_serving_report
 from small_models import greedy_text, micro, server, write_adapter_folder
 
 PROMPT = "def add(first, second):\n    "
@@ -34,6 +36,7 @@ class Place:
     base: Base
     shelf: Path
     client: openai.OpenAI
+    log: Path
 
     def post(self, path: str, content: bytes | str, **headers: str) -> httpx.Response:
         known = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
@@ -49,9 +52,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     base = micro()
     shelf = tmp_path_factory.mktemp("shelf")
     write_adapter_folder(base, shelf / "first" / "model" / "adapter", seed=1)
-    options = ["--adapters", str(shelf), "--api-key", KEY, "--requests", "24", "--memory", "8MiB"]
+    log = tmp_path_factory.mktemp("log")
+    options = ["--adapters", str(shelf), "--api-key", KEY, "--requests", "24", "--memory", "8MiB", "--log", str(log)]
     with server("micro", *options) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client:
-        yield Place(address, base, shelf, client.with_options(max_retries=0))
+        yield Place(address, base, shelf, client.with_options(max_retries=0), log)
 
 
 def test_openai_client_gets_the_greedy_text_whole_and_streamed(place: Place) -> None:
@@ -260,3 +264,24 @@ def test_a_remote_server_is_handed_on_to_behind_keys_of_its_own(place: Place, mo
                 client.completions.create(**{**asked, "model": "none"})
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as wrong:
             wrong.models.list()
+
+
+def test_the_report_tells_what_the_journal_holds_and_nothing_that_was_said(place: Place) -> None:
+    for _ in range(2):
+        place.post("/v1/completions", json.dumps({"model": "micro", "prompt": "secret = ", "max_tokens": 3}))
+    page = write_serving_report(place.log).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in (place.log / "requests.jsonl").read_text().splitlines()]
+    assert f"{len(lines):,} requests" in page
+    assert f"{sum(line['generated'] for line in lines):,} tokens" in page
+    assert page.count("<svg") == 3
+    assert "secret" not in page + str(lines)
+    with (place.log / "requests.jsonl").open("a") as journal:
+        journal.write('{"arrived": ')  # cut off by a crash
+    assert write_serving_report(place.log).is_file()
+
+
+@pytest.mark.parametrize("content", ["", "[]\n[]\n", '{"arrived": NaN}\n{}\n', "\x00\n\x00\n"])
+def test_a_damaged_journal_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "requests.jsonl").write_text(content)
+    with pytest.raises(RunError):
+        write_serving_report(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from transformers import PreTrainedModel
 from mycel.generation.engine import Engine, Limits, greedy
 from mycel.generation.executor import Whole
 from mycel.generation.scheduler import FirstComeFirstServed
+from mycel.segments.executor import Pipeline
+from mycel.serve.prompt_lookup import PromptLookup
+from swarms import bench
 
 VOCABULARY = 97
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
@@ -103,3 +108,22 @@ def test_every_combination_continues_alike(wanted: list[list[int]], store: str, 
     assert engine.aside.bytes == 0
     if store.startswith("short") and schedule != "one at a time":
         assert engine.counts.set_aside > 0, "nothing was ever short"
+
+
+@pytest.mark.parametrize("ranges", [[(0, 2)], [(0, 1), (1, 2)]], ids=["one peer", "two peers"])
+@pytest.mark.parametrize("guessing", [False, True], ids=["plain", "guessing"])
+def test_a_pipeline_over_peers_continues_alike(
+    wanted: list[list[int]], tmp_path: Path, ranges: list[tuple[int, int]], guessing: bool
+) -> None:
+    made("Llama", seed=1).save_pretrained(tmp_path)
+
+    async def run() -> tuple[list[list[int]], Engine]:
+        async with bench(tmp_path, ranges) as peers:
+            pipeline = Pipeline(peers.model, asyncio.get_running_loop())
+            drafter = PromptLookup() if guessing else None
+            engine = Engine(pipeline, limits=Limits(page=4, tokens=9, jobs=3), drafter=drafter)
+            return await asyncio.to_thread(greedy, engine, PROMPTS, MOST), engine
+
+    found, engine = asyncio.run(run())
+    assert found == wanted
+    assert engine.pool.held == 0

@@ -117,9 +117,10 @@ def claims(
 @app.command(epilog="Example: mycel report runs/quickstart-1")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]) -> None:
     """Write the report page of a run again and say where it is."""
-    from mycel.report import write_report
+    from mycel.report import write_report, write_serving_report
 
-    typer.echo(str(write_report(folder)))
+    served = (folder / "requests.jsonl").is_file()
+    typer.echo(str(write_serving_report(folder) if served else write_report(folder)))
 
 
 @app.command(epilog="Example: mycel audit runs/quickstart-1")

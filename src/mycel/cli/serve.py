@@ -33,6 +33,7 @@ def serve_command(
     most: int,
     remote: str,
     swarm: str,
+    log: Path | None = None,
 ) -> None:
     """Open the model and serve it until interrupted."""
     need("starlette", "uvicorn", "prometheus_client", extra="serve")
@@ -61,7 +62,7 @@ def serve_command(
         else:
             served = open_engine(engine, Setup(model, named, shelf, size, most), progress)
     names = ", ".join(served.names())
-    serve(served, place.host, place.port, keys, lambda address: messages.print(f"{names} at {address}/v1"))
+    serve(served, place.host, place.port, keys, lambda address: messages.print(f"{names} at {address}/v1"), log)
 
 
 def need(*libraries: str, extra: str) -> None:

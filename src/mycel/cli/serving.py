@@ -37,12 +37,15 @@ def serve(
     ] = None,
     remote: Annotated[str, typer.Option(help="Address of the vLLM server behind --engine vllm.")] = "",
     swarm: Annotated[str, typer.Option(help="Folder of a swarm whose peers hold the model's blocks.")] = "",
+    log: Annotated[
+        Path | None, typer.Option(help="Folder for a journal of times and counts; `mycel report` draws it.")
+    ] = None,
 ) -> None:
     """Serve a model to any OpenAI client: completions and chat, streaming, adapters by name, metrics."""
     from mycel.cli.serve import Place, serve_command
 
     place = Place(host, port, api_key or [])
-    serve_command(model, place, engine, adapter or [], adapters, memory, requests, remote, swarm)
+    serve_command(model, place, engine, adapter or [], adapters, memory, requests, remote, swarm, log)
 
 
 def chat(

@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mycel.door.journal import Journal
 from mycel.door.metrics import Metrics
 from mycel.door.schema import MOST_BODY, ChatBody, CompletionBody, Refused, parse
 from mycel.door.work import Work, chat_work, completion_work
@@ -32,11 +33,13 @@ class Door:
         What answers.
     keys : sequence of str
         Keys of which a client must bring one; none: everybody is let in.
+    journal : Journal, optional
+        Where requests are written down.
     """
 
-    def __init__(self, served: Served, keys: Sequence[str] = ()) -> None:
+    def __init__(self, served: Served, keys: Sequence[str] = (), journal: Journal | None = None) -> None:
         self.served = served
-        self.metrics = Metrics(served.backend)
+        self.metrics = Metrics(served.backend, journal)
         self.started = int(time.time())
         self._keys = [key.encode() for key in keys]
         routes = [

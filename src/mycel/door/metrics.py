@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mycel.door.journal import Journal
 from mycel.generation.service import Service
 from mycel.generation.streaming import Spans
 
@@ -17,9 +18,12 @@ class Metrics:
     ----------
     backend : object
         What generates; a ``Service`` also shows its pages and its queue.
+    journal : Journal, optional
+        Told of every choice.
     """
 
-    def __init__(self, backend: object) -> None:
+    def __init__(self, backend: object, journal: Journal | None = None) -> None:
+        self.journal = journal
         self.registry = CollectorRegistry()
         registry = self.registry
         self._requests = Counter(
@@ -47,8 +51,10 @@ class Metrics:
         """Count a client that went away."""
         self._cancelled.inc()
 
-    def finished(self, arrived: float, prompt: int, spans: Spans) -> None:
-        """Take note of one choice: seconds on the monotonic clock, tokens of its prompt."""
+    def finished(self, arrived: float, prompt: int, spans: Spans, whole: bool) -> None:
+        """Take note of one choice: seconds on the monotonic clock, tokens of its prompt, whether it was all read."""
+        if self.journal is not None:
+            self.journal.note(arrived, prompt, spans, whole)
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("generated").inc(spans.tokens)
         if spans.first:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from mycel.door.app import Door
+from mycel.door.journal import Journal
 from mycel.errors import EngineError
 from mycel.generation.served import Served
 
 
 def serve(
-    served: Served, host: str, port: int, keys: Sequence[str] = (), ready: Callable[[str], None] | None = None
+    served: Served,
+    host: str,
+    port: int,
+    keys: Sequence[str] = (),
+    ready: Callable[[str], None] | None = None,
+    log: Path | None = None,
 ) -> None:
     """Serve a model until interrupted.
 
@@ -28,6 +35,8 @@ def serve(
         Keys of which clients must bring one.
     ready : callable, optional
         Told the server's address when it listens.
+    log : Path, optional
+        Folder for the journal, of which ``mycel report`` makes a page.
 
     Raises
     ------
@@ -35,7 +44,12 @@ def serve(
         When the port cannot be had.
     """
     try:
-        listen(Door(served, keys).app, host, port, ready)
+        journal = Journal(log) if log is not None else None
+        try:
+            listen(Door(served, keys, journal).app, host, port, ready)
+        finally:
+            if journal is not None:
+                journal.close()
     finally:
         served.backend.close()
 

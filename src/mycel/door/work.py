@@ -132,7 +132,7 @@ class Work:
                     ended = token.reason is not None
                     yield token
         finally:
-            metrics.finished(self.arrived, len(request.prompt), spans)
+            metrics.finished(self.arrived, len(request.prompt), spans, ended)
             if spans.tokens and not ended:
                 metrics.left()
 
