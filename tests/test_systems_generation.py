@@ -19,15 +19,16 @@ from mycel.generation.executor import Whole
 from mycel.generation.pages import PagePool
 from mycel.generation.request import Request, Sampling, Token
 from mycel.generation.sampling import Sampler, pick
-from mycel.generation.scheduler import FirstComeFirstServed, Job, View
+from mycel.generation.scheduler import FirstComeFirstServed, Job, Step, View
 from mycel.generation.simulator import Clock, Costs, Imagined, at_rate, heavy_tailed, load_of, replay
 from mycel.generation.speculation import Proposal, keep_probability, residual, verify
 from mycel.serve.draft_model import DraftModel
 from mycel.serve.edge_draft import EdgeDraft, Verifier
 from mycel.serve.fastserve import FastServe, Notes, Standing, imagined, mean_completion
 from mycel.serve.prompt_lookup import PromptLookup
-from mycel.serve.scalellm import Blueprint, least_loaded
+from mycel.serve.scalellm import Blueprint, StaticBatching, least_loaded
 from mycel.serve.serverlessllm import Server, choose_server, migrate
+from mycel.testing import check_policy
 from mycel.wire.parcel import Parcel
 from test_generation import MOST, PROMPTS, VOCABULARY, made, plain
 
@@ -335,3 +336,25 @@ def test_a_replay_sends_every_request_when_it_is_due() -> None:
     assert [outcome.done for outcome in outcomes] == pytest.approx(
         [COSTS.seconds(1, arrival.prompt) + (arrival.most - 1) * COSTS.seconds(1, 1) for arrival in trace]
     )
+
+
+POLICIES = {
+    "first come": FirstComeFirstServed,
+    "fair queues": lambda: FastServe(COSTS),
+    "fair queues, no skipping": lambda: FastServe(COSTS, skip_join=False),
+    "static": StaticBatching,
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_keep_the_laws(name: str) -> None:
+    check_policy(POLICIES[name])
+
+
+def test_the_suite_notices_a_policy_that_breaks_a_law() -> None:
+    class Greedy(FirstComeFirstServed):
+        def decide(self, view: View) -> Step:
+            return Step(tuple((job.id, job.left) for job in view.jobs))
+
+    with pytest.raises(AssertionError, match="limit"):
+        check_policy(Greedy)

@@ -11,6 +11,7 @@ from mycel.testing.engines import check_engine
 from mycel.testing.guards import check_filter, check_guard
 from mycel.testing.paces import check_pace
 from mycel.testing.peers import check_peers
+from mycel.testing.policies import check_policy
 from mycel.testing.trainables import check_trainable
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "check_guard",
     "check_pace",
     "check_peers",
+    "check_policy",
     "check_trainable",
 ]
