@@ -12,24 +12,20 @@ import typer
 from mycel.cli.demo import demo_app
 from mycel.cli.fleet import fleet_app
 from mycel.cli.keys import keys_app
-from mycel.cli.serving import add_commands
+from mycel.cli.serving import add_serving_commands
 from mycel.cli.swarming import add_swarm_commands
 from mycel.errors import MycelError
 
 app = typer.Typer(
     name="mycel",
     help="Train, tune, align, compress, retrieve for and serve models on machines that do not belong together.",
-    epilog="First steps: mycel run quickstart  ·  mycel systems  ·  mycel claims fedavg",
+    epilog="First steps: mycel run quickstart  ·  mycel demo swarm  ·  mycel demo federation  ·  mycel systems",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(keys_app, name="keys")
-app.add_typer(demo_app, name="demo")
-app.add_typer(fleet_app, name="fleet")
-add_commands(app)
-add_swarm_commands(app)
+RUNS, FEDERATION, MACHINES = "Recipes and runs", "A federation", "Machines, and a first look"
 INTERRUPTED = 130  # the exit status that typer makes of a keyboard interrupt
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
@@ -56,7 +52,7 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
-@app.command(epilog="Example: mycel run quickstart seed=2 rounds.count=4 --out runs/second")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel run quickstart seed=2 rounds.count=4 --out runs/second")
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -79,7 +75,7 @@ def run(
     run_command(recipe, overrides or [], out, resume, as_json, on)
 
 
-@app.command(epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -93,7 +89,7 @@ def plan(
     plan_command(recipe, overrides or [], as_json, fleet, least)
 
 
-@app.command(epilog="Example: mycel systems --json")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel systems --json")
 def systems(as_json: AsJson = False) -> None:
     """List the systems: number in the catalogue, paper, stage, way, and the claim that is measured."""
     from mycel.cli.systems import systems_command
@@ -101,7 +97,7 @@ def systems(as_json: AsJson = False) -> None:
     systems_command(as_json)
 
 
-@app.command(epilog="Example: mycel claims fedkseed ferret --json")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel claims fedkseed ferret --json")
 def claims(
     names: Annotated[
         list[str] | None, typer.Argument(help="Systems; all when none is named.", metavar="[NAME]...")
@@ -114,7 +110,7 @@ def claims(
     claims_command(names or [], as_json)
 
 
-@app.command(epilog="Example: mycel report runs/quickstart-1")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel report runs/quickstart-1")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]) -> None:
     """Write the report page of a run again and say where it is."""
     from mycel.report import write_report, write_serving_report
@@ -123,7 +119,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
     typer.echo(str(write_serving_report(folder) if served else write_report(folder)))
 
 
-@app.command(epilog="Example: mycel audit runs/quickstart-1")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel audit runs/quickstart-1")
 def audit(
     folder: Annotated[Path, typer.Argument(help="Folder of a run with guard.record_frames=true.", metavar="DIR")],
     as_json: AsJson = False,
@@ -134,7 +130,7 @@ def audit(
     audit_command(folder, as_json)
 
 
-@app.command(epilog="Example: mycel compare runs/quickstart-1 runs/quickstart-2")
+@app.command(rich_help_panel=RUNS, epilog="Example: mycel compare runs/quickstart-1 runs/quickstart-2")
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="DIR DIR...")],
     out: Annotated[Path, typer.Option(help="Page with overlaid curves.")] = Path("comparison.html"),
@@ -146,7 +142,7 @@ def compare(
     compare_command(folders, out, as_json)
 
 
-@app.command(epilog="Example: mycel doctor --json")
+@app.command(rich_help_panel=MACHINES, epilog="Example: mycel doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: Python, libraries, cores, memory, disk, cache and model hub; one line to mend each fault."""
     from mycel.cli.doctor import doctor_command
@@ -154,7 +150,7 @@ def doctor(as_json: AsJson = False) -> None:
     doctor_command(as_json)
 
 
-@app.command(epilog="Example: mycel coordinator --listen 0.0.0.0:7400 --keys keys")
+@app.command(rich_help_panel=FEDERATION, epilog="Example: mycel coordinator --listen 0.0.0.0:7400 --keys keys")
 def coordinator(
     listen: Annotated[str, typer.Option(help="HOST:PORT at which parties are expected.")],
     keys: Annotated[Path | None, typer.Option(help="Folder that `mycel keys init` made.")] = None,
@@ -166,7 +162,9 @@ def coordinator(
     coordinator_command(listen, keys, insecure)
 
 
-@app.command(epilog="Example: mycel join fed.example.org:7400 --key clinic.pem --data ./private")
+@app.command(
+    rich_help_panel=FEDERATION, epilog="Example: mycel join fed.example.org:7400 --key clinic.pem --data ./private"
+)
 def join(
     address: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.", metavar="HOST:PORT")],
     data: Annotated[Path, typer.Option(help="This party's examples, a file or folder; they never leave.")],
@@ -181,7 +179,9 @@ def join(
     join_command(address, key, data, name, consent, insecure)
 
 
-@app.command(epilog="Example: mycel status 127.0.0.1:7400 --json  ·  mycel status ./our-swarm")
+@app.command(
+    rich_help_panel=FEDERATION, epilog="Example: mycel status 127.0.0.1:7400 --json  ·  mycel status ./our-swarm"
+)
 def status(
     address: Annotated[
         str, typer.Argument(help="HOST:PORT of a coordinator of this machine, or a swarm's folder.", metavar="PLACE")
@@ -197,3 +197,10 @@ def status(
     from mycel.cli.federation import status_command
 
     status_command(address, as_json)
+
+
+app.add_typer(keys_app, name="keys", rich_help_panel=FEDERATION)
+add_swarm_commands(app)
+add_serving_commands(app)
+app.add_typer(fleet_app, name="fleet", rich_help_panel=MACHINES)
+app.add_typer(demo_app, name="demo", rich_help_panel=MACHINES)

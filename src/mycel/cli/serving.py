@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
+PANEL = "One model, many clients"
 ModelName = Annotated[
     str, typer.Argument(help="A built-in size, a folder, a Hugging Face id, or a run folder.", metavar="MODEL")
 ]
 
 
-def add_commands(app: typer.Typer) -> None:
+def add_serving_commands(app: typer.Typer) -> None:
     """Add ``serve``, ``chat`` and ``export``."""
-    app.command(epilog="Example: mycel serve runs/quickstart-1 --port 8000")(serve)
-    app.command(epilog="Example: mycel chat tiny")(chat)
-    app.command(epilog="Example: mycel export runs/quickstart-1 --format gguf")(export)
+    app.command(rich_help_panel=PANEL, epilog="Example: mycel serve runs/quickstart-1 --port 8000")(serve)
+    app.command(rich_help_panel=PANEL, epilog="Example: mycel chat tiny")(chat)
+    app.command(rich_help_panel=PANEL, epilog="Example: mycel export runs/quickstart-1 --format gguf")(export)
 
 
 def serve(

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+PANEL = "A swarm"
+
 
 def add_swarm_commands(app: typer.Typer) -> None:
     """Add ``mycel swarm`` and ``mycel peer``."""
-    app.command(epilog="Example: mycel swarm ./ours --meet 192.0.2.7:7447")(swarm)
-    app.command(epilog="Example: mycel peer --join ./ours --model tiny --memory 4GiB")(peer)
+    app.command(rich_help_panel=PANEL, epilog="Example: mycel swarm ./ours --meet 192.0.2.7:7447")(swarm)
+    app.command(rich_help_panel=PANEL, epilog="Example: mycel peer --join ./ours --model tiny --memory 4GiB")(peer)
 
 
 def swarm(
