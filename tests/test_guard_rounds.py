@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mycel.engines.leaving import Leaving
 from mycel.errors import EngineError, RecipeError
 from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
@@ -14,7 +15,6 @@ from mycel.rounds.hidden_sums import plain_sums
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation
-from mycel.testing.leaving import Leaving
 from rounds_by_hand import SMALL, same
 
 FIVE: dict[str, Any] = {**SMALL, "data.count": 5, "rounds.local_steps": 1, "rounds.quorum": 0.6, "guard.staying": 0.6}

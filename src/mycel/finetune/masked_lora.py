@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mycel.engines.leaving import Leaving
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
 from mycel.rounds.hidden_sums import plain_sums
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.simulation import Simulation
-from mycel.testing.leaving import Leaving
 
 if TYPE_CHECKING:
     from mycel.rounds.coordinator import Coordinator
