@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -79,7 +79,8 @@ class Stage(nn.Module):
     def _through(self, block: nn.Module, hidden: Tensor, positions: Any) -> Tensor:
         def compute(entering: Tensor) -> Tensor:
             left = block(entering, attention_mask=None, position_embeddings=positions)
-            return left[0] if isinstance(left, tuple) else left
+            hidden: Tensor = left[0] if isinstance(left, tuple) else left
+            return hidden
 
         if not (self.recompute and self.training):
             return compute(hidden)
@@ -100,7 +101,8 @@ def lay_out(model: PreTrainedModel, ranks: Ranks) -> Stage:
     stage.requires_grad_(True)
     layout = ranks.layout
     if layout.tensor > 1:
-        plan = dict.fromkeys(COLUMNS, ColwiseParallel()) | dict.fromkeys(ROWS, RowwiseParallel())
+        plan: dict[str, ParallelStyle] = dict.fromkeys(COLUMNS, ColwiseParallel())
+        plan |= dict.fromkeys(ROWS, RowwiseParallel())
         for block in stage.blocks.values():
             parallelize_module(block, ranks.mesh["tensor"], plan)
     if layout.data * layout.sequence > 1 and not layout.codec:

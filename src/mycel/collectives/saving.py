@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import async_save as write_shards
 
 from mycel.errors import RunError
 
@@ -79,10 +81,10 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
         dist.barrier()
-        writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            handle = dcp.async_save(state_of(weights, optimizer), storage_writer=writer, process_group=self._own_group)
+            handle = write_shards(state_of(weights, optimizer), storage_writer=writer, process_group=self._own_group)
         self._waiting = step, handle
 
     def finish(self) -> None:
@@ -126,7 +128,7 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
+                read_shards(state, storage_reader=HuggingFaceStorageReader(str(place)))
         except Exception as error:  # the reader's errors have no common base
             raise RunError(f"the checkpoint {str(place)!r} does not fit this model: {error}") from error
         for name, weight in weights.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle
@@ -123,7 +124,7 @@ class Trainer:
         pieces = self.ranks.layout.micro_batches
         total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
         for index, (part, wanted) in enumerate(zip(ids.chunk(pieces), targets.chunk(pieces), strict=True)):
-            if hasattr(self.stage, "set_requires_gradient_sync"):
+            if isinstance(self.stage, FSDPModule):
                 self.stage.set_requires_gradient_sync(index == pieces - 1)
             loss = loss_of(self.stage(part), wanted)
             loss.backward()

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
 SENDING = ("allreduce", "all_reduce", "allgather", "all_gather", "reduce_scatter", "broadcast", "send", "alltoall")
 
 
@@ -68,7 +70,7 @@ def _ranks(args: Any, kwargs: dict[str, Any]) -> int:
             except (RuntimeError, TypeError, AttributeError):
                 continue
         if isinstance(value, str) and value.isdigit():
-            return dist.get_world_size(dist.distributed_c10d._resolve_process_group(value))
+            return int(resolve(value).size())
     return dist.get_world_size()
 
 

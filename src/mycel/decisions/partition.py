@@ -126,7 +126,7 @@ class Proportional(Partition):
             ]
             if not able:
                 return super().decide(observation)
-            after = [self.cost(observation, _moved(split, index, step)) for index in able]
+            after = [self.cost(observation, tuple(_moved(split, index, step))) for index in able]
             split[able[after.index(min(after))]] += step
         while (better := self._improved(observation, split)) is not None:
             split = better
@@ -145,7 +145,7 @@ class Proportional(Partition):
         return best if better else None
 
 
-def _moved(split: Sequence[int], index: int, step: int) -> tuple[int, ...] | list[int]:
+def _moved(split: Sequence[int], index: int, step: int) -> list[int]:
     changed = list(split)
     changed[index] += step
     return changed

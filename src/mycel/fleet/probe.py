@@ -64,7 +64,7 @@ def _speed(seconds: float) -> float:
     import torch
 
     layer = torch.nn.Sequential(torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.SiLU(), torch.nn.Linear(4 * WIDTH, WIDTH))
-    rows, found = torch.randn(512, WIDTH), []
+    rows, found = torch.randn(512, WIDTH), list[float]()
     flops = 6.0 * rows.shape[0] * sum(parameter.numel() for parameter in layer.parameters())
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found) < 3:
@@ -83,7 +83,7 @@ def _link(seconds: float) -> tuple[float, float]:
             with socket.create_connection(server.getsockname(), timeout=5) as line:
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 trips = sorted(_trip(line, 1) for _ in range(PINGS))
-                burst, end = [], time.perf_counter() + seconds
+                burst, end = list[float](), time.perf_counter() + seconds
                 while time.perf_counter() < end or len(burst) < 3:
                     burst.append(_trip(line, BURST))
             thread.join(timeout=5)

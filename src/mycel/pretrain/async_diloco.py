@@ -66,12 +66,12 @@ class AsyncDiLoCo(DiLoCo):
 
     @property
     def horizon(self) -> int:
-        """Steps of one island over which the rate falls, by its own count of them."""
+        """Steps over which the rate falls, from the first version to the last."""
         return int(self.knobs.horizon or self.recipe.rounds.count * self.recipe.rounds.local_steps)
 
     def begun(self, party: Party, done: int) -> int:
-        """Rates follow the island's own count of steps, as versions pass at everybody's pace."""
-        return done
+        """Rates fall with the versions: by its own count of steps, a slow island would end at a high rate."""
+        return party.version * self.horizon // self.recipe.rounds.count
 
     def combine(self, state: State, answers: Sequence[Answer]) -> Outcome:
         """Sum the arrivals' changes, each shortened by its staleness."""
