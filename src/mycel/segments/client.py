@@ -208,6 +208,8 @@ class SwarmModel:
     async def _cross(self, hops: list[Hop]) -> list[tuple[int, Tensor]]:
         """Send what a peer does not hold yet; return for each session from where on it answered, and the states."""
         leg, known = hops[0].leg, self.directory.known[hops[0].leg.peer]
+        if self.directory.banned(leg.peer):  # it failed at other blocks a moment ago: waiting again would be in vain
+            raise PeerRefused(f"the peer {leg.peer!r} has just failed")
         counts = [len(hop.inputs) - hop.held for hop in hops]
         rows = [[hop.key, hop.held, count] for hop, count in zip(hops, counts, strict=True)]
         total = sum(counts)

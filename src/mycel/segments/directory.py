@@ -15,6 +15,7 @@ from mycel.engines.peers import Peers
 from mycel.errors import EngineError
 from mycel.segments.patience import Patience
 
+UNKNOWN = 0.005  # seconds of latency before a peer was asked: at no cost a route would hop to and fro
 LATE, LIES = 1.0, 60.0  # seconds of a first ban
 
 
@@ -51,9 +52,8 @@ class Directory:
 
     def offers(self) -> tuple[Offer, ...]:
         """Return what sound announcements offer, without those who are banned."""
-        now = asyncio.get_running_loop().time()
         found = (self._offer(name, facts) for name, facts in self.peers.members().items())
-        return tuple(offer for offer in found if offer and self.known[offer.peer].banned_until <= now)
+        return tuple(offer for offer in found if offer and not self.banned(offer.peer))
 
     async def route(self, first: int, last: int, patience: float, avoid: str = "") -> tuple[Leg, ...]:
         """Return a route through blocks ``first <= index < last``.
@@ -96,6 +96,10 @@ class Directory:
         """Take note that a peer answered what cannot be."""
         self.known[peer].ban(asyncio.get_running_loop().time(), LIES)
 
+    def banned(self, peer: str) -> bool:
+        """Return whether a peer is not to be asked now."""
+        return self.known[peer].banned_until > asyncio.get_running_loop().time()
+
     async def _watch(self) -> None:
         async for change in self.peers.watch():
             if change.kind == "left":
@@ -125,4 +129,4 @@ class Directory:
             return None
         assert isinstance(first, int)
         assert isinstance(last, int)
-        return Offer(name, first, last, float(seconds), self.latency.get(name, 0.0))
+        return Offer(name, first, last, float(seconds), self.latency.get(name, UNKNOWN))
