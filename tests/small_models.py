@@ -76,6 +76,13 @@ def greedy_text(base: Base, prompt: str, most: int, merged: Sequence[Path] = ())
     return str(base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+def ends_early(base: Base, prompt: str, most: int) -> bool:
+    """Whether plain transformers ends its greedy continuation before it is ``most`` tokens long."""
+    ids = base.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = base.model.generate(ids, max_new_tokens=most, do_sample=False, pad_token_id=0)
+    return int(out[0, -1]) == base.tokenizer.eos_token_id
+
+
 def micro() -> Base:
     """Open the smallest built-in base."""
     return open_base(find_base("micro"))

@@ -155,7 +155,8 @@ def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet"])
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        DataError, match=rf"there is no file .*{name}: (a data\.source|it) is \"python-library\", a \.jsonl"
+        DataError,
+        match=rf"there is no file .*{name}: (a data\.source|it) is \"python-library\", \"python-text\", a \.jsonl",
     ):
         load_examples(str(tmp_path / name))
 
