@@ -47,6 +47,8 @@ SCENES: dict[str, dict[str, Any]] = {
 }
 ZEROTH_ORDER = {"training.gradient": "zeroth-order", "training.optimizer": "sgd", "training.clip_norm": 0.0}
 MASKED = {"wire.codec": "fixed(8,0.05)", "guard.sums": "sparsely-masked"}
+PRIVATE = {"guard.private": "example", "guard.epsilon": 8.0, "guard.clip_norm": 1.0, "guard.replayable": True}
+UNSAFE = {"threat.attack": "unsafe", "threat.share": 0.34}
 WHOLE = {"trainable.kind": "full"}
 SMALL = {"trainable.rank": 2, "data.examples": 16, "data.held_out": 4, "data.max_length": 32, "rounds.local_steps": 1}
 POINTS = 12  # where each scene is stopped, spread over its events, its first and its last among them
@@ -146,7 +148,8 @@ def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("system", [entry.name for entry in ENTRIES if entry.way == "rounds"])
 def test_every_system_resumes(lab: Laboratory, encoder_decoder: dict[str, Any], tmp_path: Path, system: str) -> None:
     scene = None
-    for needs in (FEEDBACK, {}, ZEROTH_ORDER, encoder_decoder, WHOLE, {**WHOLE, "rounds.pace": "buffered(1)"}, MASKED):
+    own = (MASKED, PRIVATE, UNSAFE)
+    for needs in (FEEDBACK, {}, ZEROTH_ORDER, encoder_decoder, WHOLE, {**WHOLE, "rounds.pace": "buffered(1)"}, *own):
         with suppress(RecipeError):
             scene = scene or scene_of(lab, {"system": system, **needs})
     assert scene is not None, "no kind of recipe suits it"
