@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from common import arguments, show
 from mycel.door.app import Door
+from mycel.door.run import configured
 from mycel.generation.engine import Engine, Limits
 from mycel.generation.request import Request
 from mycel.generation.served import Served
@@ -42,8 +43,7 @@ def standing(served: Served) -> Iterator[str]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
-    config = uvicorn.Config(Door(served).app, log_level="error", access_log=False, lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configured(Door(served).app))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

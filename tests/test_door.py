@@ -163,7 +163,7 @@ def test_health_and_metrics_need_no_key_and_the_rest_does(place: Place) -> None:
     assert httpx.get(f"{place.address}/health").json()["status"] == "ok"
     assert place.gauge("mycel_pages") > 0
     for key in ("none", "wrong", "open-sesam", "open-sesame-", "ключ"):
-        answer = httpx.get(f"{place.address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        answer = httpx.get(f"{place.address}/v1/models", headers={b"Authorization": f"Bearer {key}".encode()})
         assert answer.status_code == 401
         assert "key" in answer.json()["error"]["message"]
 

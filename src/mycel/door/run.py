@@ -66,17 +66,23 @@ def listen(app: ASGIApp, host: str, port: int, ready: Callable[[str], None] | No
         sentence = f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port"
         raise EngineError(sentence) from error
     listener.listen(1024)
-    config = uvicorn.Config(
+    if ready is not None:
+        ready(f"http://{host}:{listener.getsockname()[1]}")
+    try:
+        uvicorn.Server(configured(app)).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def configured(app: ASGIApp) -> uvicorn.Config:
+    """Return how the server around an application behaves."""
+    return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         lifespan="off",
+        # Longer than clients keep idle connections: otherwise one is closed in the moment a client uses it again.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
         server_header=False,
     )
-    if ready is not None:
-        ready(f"http://{host}:{listener.getsockname()[1]}")
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        listener.close()

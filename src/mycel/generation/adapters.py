@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mycel.errors import ModelError
 from mycel.generation.linear import Factors, FewRowConv1D, FewRowLinear, Layer
 from mycel.models.adapter import read_adapter
+from mycel.models.layers import features
 from mycel.models.lora import PREFIX, UNSUPPORTED
 
 MOST_RANK = 4096
@@ -65,5 +66,5 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def _fits(layer: Layer, down: Tensor, up: Tensor, rank: int) -> bool:
-    shape = layer.weight.shape if isinstance(layer, FewRowLinear) else layer.weight.shape[::-1]
-    return down.shape == (rank, shape[1]) and up.shape == (shape[0], rank)
+    inputs, outputs = features(layer)
+    return down.shape == (rank, inputs) and up.shape == (outputs, rank)

@@ -49,7 +49,7 @@ def write_checkpoint(tensors: Mapping[str, Tensor], folder: Path) -> None:
             if key not in places:
                 places[key] = end
                 file.seek(end)
-                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+                file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
                 end += _aligned(tensor.nbytes)
             index[name] = [places[key], NAMES[tensor.dtype], list(tensor.shape)]
         file.truncate(end)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mycel.errors import ExtraMissing, ModelError
+from mycel.errors import ExtraMissing, GenerationError, ModelError
 from mycel.generation.batched import Batched, Ticket
 from mycel.generation.request import Request
 from mycel.generation.served import Found, Served
@@ -57,24 +57,24 @@ class CTranslate(Batched):
         super().__init__(tokenizer, len(self._names), context, most, BATCH)
 
     def alike(self, request: Request) -> Hashable:
-        """Return the sampling, and the request itself where a seed makes it one of a kind."""
+        """Return the sampling and the ends, which a batch shares."""
         drawn = request.sampling
-        alone = id(request) if drawn.seed is not None and not drawn.greedy else 0
-        return drawn.temperature, drawn.top_k, drawn.top_p, request.ends, alone
+        if drawn.seed is not None and not drawn.greedy:
+            # Its generators are seeded once for each thread of its own: the same seed does not repeat a draw.
+            raise GenerationError("this engine cannot repeat a draw: leave seed out, or use --engine mycel")
+        return drawn.temperature, drawn.top_k, drawn.top_p, request.ends
 
     def generate(self, tickets: Sequence[Ticket]) -> None:
         """Generate for a batch; each request is stopped at its own end."""
-        import ctranslate2
-
         drawn = tickets[0].request.sampling
-        if drawn.seed is not None:
-            ctranslate2.set_random_seed(drawn.seed % 2**31)
         prompts = [[self._names[token] for token in ticket.request.prompt] for ticket in tickets]
+        most, ends = max(ticket.request.most for ticket in tickets), sorted(tickets[0].request.ends)
         self.generator.generate_batch(
             prompts,
-            max_length=max(ticket.request.most for ticket in tickets),
+            max_length=most,
+            min_length=0 if ends else most,  # without an end, the model's own must not come either
             include_prompt_in_result=False,
-            end_token=sorted(tickets[0].request.ends) or [""],
+            end_token=ends or None,
             return_end_token=True,
             sampling_topk=1 if drawn.greedy else drawn.top_k,
             sampling_topp=drawn.top_p,

@@ -278,7 +278,11 @@ def greedy(engine: Engine, prompts: Many[Many[int]], most: int, adapters: Many[s
     found: list[list[int]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
         adapter = adapters[index] if adapters else ""
-        engine.submit(Request(tuple(prompt), most, adapter=adapter), lambda token, at=index: found[at].append(token.id))
+        engine.submit(Request(tuple(prompt), most, adapter=adapter), _collector(found[index]))
     with torch.inference_mode():
         engine.run()
     return found
+
+
+def _collector(found: list[int]) -> Listener:
+    return lambda token: found.append(token.id)

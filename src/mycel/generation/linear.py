@@ -87,9 +87,11 @@ def quicken(model: nn.Module, pack: bool = True) -> Routing:
         kind = kinds.get(type(layer))
         if kind is not None:
             layer.__class__ = kind
-            layer.adapters, layer.routing, layer.packed = {}, routing, None  # type: ignore[assignment]
-            if pack and kind is FewRowLinear and _plain(layer.weight) and torch.backends.mkldnn.is_available():
-                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS_EXPECTED)
+            quick = cast("Layer", layer)
+            quick.adapters, quick.routing, quick.packed = {}, routing, None
+            weight = quick.get_parameter("weight").detach()
+            if pack and kind is FewRowLinear and _plain(weight) and torch._C._has_mkldnn:
+                quick.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED)
     return routing
 
 

@@ -130,7 +130,7 @@ def _throughput(served: Sequence[Served], start: float, end: float) -> Plot:
         if request.first is None or request.last is None:
             continue
         times = request.arrived - start + np.linspace(request.first, request.last, max(1, request.generated))
-        counted += np.histogram(np.clip(times, 0, length), bins)[0]
+        counted += np.histogram(times.clip(0.0, length), bins)[0]
     divisor, unit = time_unit(length)
 
     def paint(figure: Figure) -> None:
