@@ -98,5 +98,5 @@ def test_split_lora_averages_clients_and_never_the_server(folder: Path) -> None:
 
 
 def test_a_recipe_cannot_run_a_system_of_segments() -> None:
-    with pytest.raises(RecipeError, match="works in segments"):
+    with pytest.raises(RecipeError, match="works by segments and not in rounds"):
         load_system(Recipe(system="petals"))

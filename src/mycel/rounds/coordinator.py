@@ -269,5 +269,6 @@ class Coordinator:
     def _stalled(self) -> str:
         return (
             f"round {self.progress.version + 1} cannot go on: {len(self._refused)} of {len(self._cohort())} answers "
-            "were refused and nobody is left to ask; the log's drop events say why"
+            "were refused or lost and nobody is left to ask; the log's drop events say why, and `--resume` goes on "
+            "from the last round"
         )
