@@ -44,7 +44,7 @@ def reference(tied: bool) -> tuple[float, dict[str, torch.Tensor]]:
     uncut, rows = model(tied), batch()
     logits = uncut(input_ids=rows).logits
     loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 64), targets_of(rows).reshape(-1), ignore_index=-100)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), {name: weight.grad for name, weight in uncut.named_parameters()}
 
 

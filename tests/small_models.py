@@ -80,7 +80,7 @@ def ends_early(base: Base, prompt: str, most: int) -> bool:
     """Whether plain transformers ends its greedy continuation before it is ``most`` tokens long."""
     ids = base.tokenizer(prompt, return_tensors="pt")["input_ids"]
     out = base.model.generate(ids, max_new_tokens=most, do_sample=False, pad_token_id=0)
-    return int(out[0, -1]) == base.tokenizer.eos_token_id
+    return bool(int(out[0, -1]) == base.tokenizer.eos_token_id)
 
 
 def micro() -> Base:

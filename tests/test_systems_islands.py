@@ -97,7 +97,7 @@ def test_delayed_nesterov_of_one_island_is_nesterov_and_of_many_moves_as_their_m
     many, state, buffer = {"w": torch.zeros(4)}, dict[str, Tensor](), dict[str, Tensor]()
     for index, change in enumerate(changes):
         many, state, buffer = delayed_nesterov(many, state, buffer, change, index == 2, 3, (0.5, 0.9, 0.0))
-    mean = sum(change["w"] for change in changes) / 3
+    mean = torch.stack([change["w"] for change in changes]).mean(0)
     assert torch.allclose(many["w"], 0.5 * (mean + 0.9 * mean), atol=1e-6)
     assert torch.allclose(state["w"], mean, atol=1e-6)
     assert not buffer["w"].any()

@@ -167,15 +167,16 @@ def by_integer_programme(chain: Chain) -> tuple[tuple[int, ...], float]:
     each = np.array([stage.each for stage in chain.stages])
     extra = np.array([stage.extra for stage in chain.stages])
     # Variables: the blocks of every stage, then the slowest stage's seconds.
-    objective = np.append(each, chain.micro_batches - 1)
+    objective = np.array([*each, chain.micro_batches - 1])
+    blocks = np.array([*np.ones(count), 0])
     slower = np.hstack([np.diag(each), -np.ones((count, 1))])
     room = [min(stage.room, chain.blocks) for stage in chain.stages]
     found = milp(
         objective,
-        integrality=np.append(np.ones(count), 0),
-        bounds=Bounds(np.append(np.ones(count), 0), np.append(room, np.inf)),
+        integrality=blocks,
+        bounds=Bounds(blocks, np.array([*room, np.inf])),
         constraints=[
-            LinearConstraint(np.append(np.ones(count), 0), chain.blocks, chain.blocks),
+            LinearConstraint(blocks, chain.blocks, chain.blocks),
             LinearConstraint(slower, -np.inf, -extra),
         ],
     )
