@@ -41,7 +41,7 @@ def measure(size: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
     torch.save(state, folder / "model.pt")
     save_file(state, folder / "model.safetensors")
     write_checkpoint(state, folder / "fast")
-    loader = Loader(threads=4)
+    loader, direct = Loader(threads=4), Loader(threads=4, direct=True)
     contestants: dict[str, tuple[Path, Callable[[], dict[str, Tensor]]]] = {
         "torch.load": (folder / "model.pt", lambda: torch.load(folder / "model.pt", weights_only=True)),
         "safetensors, cloned": (
@@ -50,6 +50,7 @@ def measure(size: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
         ),
         "mycel, new memory": (folder / "fast" / WEIGHTS, lambda: Loader(threads=4).load(folder / "fast")),
         "mycel, pooled memory": (folder / "fast" / WEIGHTS, lambda: loader.load(folder / "fast", reuse=True)),
+        "mycel, pooled, direct": (folder / "fast" / WEIGHTS, lambda: direct.load(folder / "fast", reuse=True)),
     }
     for _, load in contestants.values():
         found = load()

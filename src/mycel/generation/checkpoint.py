@@ -1,7 +1,8 @@
 """A checkpoint laid out for loading: one file of aligned tensors and an index, read by several threads at once.
 
-Source: Fu et al. 2024, ServerlessLLM. Large pieces are read past the page cache straight into the block of memory that
-the tensors are views of; where the file system refuses that, through the cache with the same threads.
+Source: Fu et al. 2024, ServerlessLLM. Large pieces are read straight into the block of memory that the tensors are
+views of. Reading past the page cache is a setting: it spares the cache, and on disks whose host reads ahead it is
+slower (`benchmarks/loading.py` shows both).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from mycel.errors import ModelError
 
 ALIGNMENT = 4096  # of every tensor and every read, as direct reading demands
-PIECE = 16 << 20
+PIECE = 4 << 20
 INDEX = "index.json"
 WEIGHTS = "tensors.bin"
 MOST_INDEX = 64 << 20
@@ -64,10 +65,10 @@ class Loader:
     threads : int
         Readers at work at once.
     direct : bool
-        Whether to read past the page cache.
+        Whether to read past the page cache, where the file system lets one.
     """
 
-    def __init__(self, threads: int = 4, direct: bool = True) -> None:
+    def __init__(self, threads: int = 4, direct: bool = False) -> None:
         self.threads, self.direct = threads, direct
         self._block: mmap.mmap | None = None
 

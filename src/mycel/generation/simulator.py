@@ -156,14 +156,12 @@ def replay(
 
 
 def fit(steps: Sequence[tuple[float, int, int]]) -> Costs:
-    """Fit the costs to watched iterations; the slowest twentieth, when others had the machine, is left out."""
+    """Fit the costs to watched iterations; the slowest hundredth, when others had the machine, is left out."""
     seconds = np.array([step[0] for step in steps])
-    kept = seconds <= np.quantile(seconds, 0.95)
+    kept = seconds <= np.quantile(seconds, 0.99)
     design = np.array([[1.0, rows, max(0, tokens - rows)] for _, rows, tokens in steps])
     found, *_ = np.linalg.lstsq(design[kept], seconds[kept], rcond=None)
-    # What the mean iteration takes must come out, with the slow ones in it.
-    scale = seconds.mean() / float((design @ found).mean())
-    return Costs(*(max(0.0, float(value) * scale) for value in found))
+    return Costs(*(max(0.0, float(value)) for value in found))
 
 
 def _send(engine: Engine, arrival: Arrival, outcome: Outcome, began: float, seed: int) -> None:

@@ -16,7 +16,8 @@ Reduces to first come, first served with one queue of infinite quantum, and to n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -82,12 +83,12 @@ class FastServe:
         """Run the highest queues; make room by expected next time."""
         standing = self.standings(view)
         order = sorted(view.jobs, key=lambda job: (standing[job.id].level, standing[job.id].entered, job.id))
-        waits = self.next_times(view, order, standing)
-        head = order[: view.most_jobs]
-        # Whoever is not about to run makes room by expected time; among those about to run, the last.
-        tail = sorted(order[view.most_jobs :], key=lambda job: (waits[job.id], job.id))
-        step = fill(view, [*head, *tail])
-        notes = Notes(view.now, frozenset(job for job, _ in step.run), tuple(sorted(standing.items())))
+        if len(order) > view.most_jobs:
+            # Whoever is not about to run makes room by expected time; among those about to run, the last.
+            waits = self.next_times(view, order, standing)
+            order[view.most_jobs :] = sorted(order[view.most_jobs :], key=lambda job: (waits[job.id], job.id))
+        step = fill(view, order)
+        notes = Notes(view.now, frozenset(job for job, _ in step.run), tuple(standing.items()))
         return Step(step.run, step.aside, step.back, notes)
 
     def standings(self, view: View) -> dict[int, Standing]:
@@ -121,22 +122,26 @@ class FastServe:
 
     def next_times(self, view: View, order: Sequence[Job], standing: dict[int, Standing]) -> dict[int, float]:
         """Return in how many seconds each job is expected to run next."""
-        times: dict[int, float] = {}
-        for job in order:
-            at = standing[job.id]
-            ahead = sum(
-                sum(self.quantum_of(level) for level in range(standing[other.id].level, at.level))
-                for other in order
-                if standing[other.id].level < at.level
+        # By queue, not by pair of jobs: this runs between any two iterations.
+        counts = Counter(standing[job.id].level for job in order)
+        sunk = [sum(self.quantum_of(below) for below in range(level)) for level in range(LEVELS)]
+        ahead = [sum(counts[above] * (sunk[level] - sunk[above]) for above in range(level)) for level in range(LEVELS)]
+        return {
+            job.id: min(
+                max(0.0, self.alpha - (view.now - standing[job.id].ran)),
+                ahead[standing[job.id].level] / view.most_jobs,
             )
-            times[job.id] = min(max(0.0, self.alpha - (view.now - at.ran)), ahead / view.most_jobs)
-        return times
+            for job in order
+        }
 
 
-def profile(executor: Whole, limits: Limits, trace: Sequence[Arrival]) -> Costs:
-    """Fit the costs of an iteration to a short live run."""
-    _, steps = replay(Engine(executor, limits=limits), at_rate(trace, 1e6), watch=True)
-    return fit(steps)
+def profile(executor: Whole, limits: Limits, trace: Sequence[Arrival], make: Callable[[Costs], Policy]) -> Costs:
+    """Fit the costs of an iteration, deciding included, to short live runs: all at once, then where few wait."""
+    costs = fit(replay(Engine(executor, limits=limits), at_rate(trace[:20], 1e6), watch=True)[1])
+    for load in (0.5, 0.8):
+        spread = at_rate(trace, load / load_of(trace, costs, limits.jobs))
+        costs = fit(replay(Engine(executor, limits=limits, policy=make(costs)), spread, watch=True)[1])
+    return costs
 
 
 def imagined(costs: Costs, executor: Whole, limits: Limits, policy: Policy, trace: Sequence[Arrival]) -> list[Outcome]:
@@ -160,15 +165,19 @@ def claim(lab: Laboratory) -> Measured:
     """
     executor = Whole(lab.open_base().model)
     limits = Limits(jobs=2, tokens=64, share=False, memory=executor.position_bytes * 16 * 400)
-    for count in (20, 150):  # the first run only warms up
-        costs = profile(executor, limits, heavy_tailed(count, seed=5))
-    trace = heavy_tailed(600, seed=2)
-    trace = at_rate(trace, 0.9 / load_of(trace, costs, limits.jobs))
-    policies: dict[str, Policy] = {"fcfs": FirstComeFirstServed(), "fastserve": FastServe(costs)}
+    makers: dict[str, Callable[[Costs], Policy]] = {
+        "fcfs": lambda costs: FirstComeFirstServed(),
+        "fastserve": FastServe,
+    }
+    known = {name: profile(executor, limits, heavy_tailed(100, seed=5), make) for name, make in makers.items()}
+    trace = heavy_tailed(500, seed=2)
+    trace = at_rate(trace, 0.9 / load_of(trace, known["fcfs"], limits.jobs))
     live, foretold = {}, {}
-    for name, policy in policies.items():
+    for name, make in makers.items():
+        policy, costs = make(known[name]), known[name]
         foretold[name] = mean_completion(imagined(costs, executor, limits, policy, trace))
         live[name] = mean_completion(replay(Engine(executor, limits=limits, policy=policy), trace)[0])
+    costs = known["fastserve"]
     naive = mean_completion(imagined(costs, executor, limits, FastServe(costs, skip_join=False), trace))
     ratio, error = live["fastserve"] / live["fcfs"], foretold["fastserve"] / live["fastserve"] - 1
     return Measured(
