@@ -29,11 +29,11 @@ from mycel.engines import children
 from mycel.engines.flower import launch
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import Control, listen, opened
-from mycel.guard.keys import Identity
 from mycel.federation.hub import Hub
 from mycel.federation.keyring import Keyring
 from mycel.federation.place import read_post
 from mycel.federation.seat import Seat
+from mycel.guard.keys import Identity
 from mycel.testing.engines import request
 
 PARTIES = ("one", "two")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Any
+
+from mycel.fleet import load_fleet
 
 if TYPE_CHECKING:
     from mycel.rounds.laboratory import Laboratory, Trail
@@ -38,9 +41,12 @@ def training_bytes(finished: Finished) -> int:
 
 
 def asynchronous(rounds: int, steps: int, islands: int = 4) -> dict[str, Any]:
-    """Return the changes under which every arrival is a version, for as many rounds of each island."""
+    """Return the changes under which every arrival is a version, for as many batches as synchronous rounds take."""
+    fleet = load_fleet(str(PROVING["fleet.devices"]))
+    speeds = [fleet[node].gflops for node in range(islands)]
+    shares = [max(1, int(steps * speed / max(speeds))) for speed in speeds]
     return {
-        "rounds.count": rounds * islands,
+        "rounds.count": ceil(rounds * steps * islands / (sum(shares) / islands)),
         "rounds.local_steps": steps,
         "rounds.pace": "buffered(1)",
         "rounds.staleness": 0.0,
