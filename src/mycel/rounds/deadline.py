@@ -2,7 +2,8 @@
 
 A node is expected to take about as long as it lately did; until it has answered, as long as the engine predicts;
 failing that, as long as the others. The allowance is ``median + patience * max(MAD, median / 4)``, doubled for each
-time in a row that the node stayed silent. With nothing to go by, there is no deadline.
+time in a row that the node stayed silent. Where the engine predicts nothing, little experience is trusted little: from
+``n`` observations the second term is ``1 + 4 / n`` times as wide. With nothing to go by, there is no deadline.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import median
 from mycel.engines.engine import Arrival, Engine, Request
 
 WINDOW = 16
+DOUBT = 4
 
 
 @dataclass
@@ -43,5 +45,6 @@ class Deadlines:
         if not taken:
             return None
         middle = median(taken)
-        spread = max(median(abs(seconds - middle) for seconds in taken), middle / 4)
+        doubt = 1 + DOUBT / len(taken) if predicted is None else 1.0
+        spread = doubt * max(median(abs(seconds - middle) for seconds in taken), middle / 4)
         return request.asked + (middle + patience * spread) * float(2 ** min(self.silent[request.node], 16))
