@@ -1,8 +1,7 @@
 """The peer engine: members of a swarm announce themselves, watch each other, call each other, and stream.
 
-``Peers`` is all that segments know of a network. What carries the frames is a subclass with three methods; calls,
-streams, back-pressure, leases and the loss of a member are the same on each. ``peers_memory`` is the public twin for
-tests and simulation, ``peers_zenoh`` the real one.
+``Peers`` is all that segments know of a network. What carries the frames is a subclass with three methods; all else is
+the same on each. ``peers_memory`` is the public twin for tests and simulation, ``peers_zenoh`` the real one.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from mycel.federation.place import Post, read_post, state_folder, write_status
 from mycel.fleet import load_fleet
 from mycel.models.base import find_base
 from mycel.recipe.schema import Recipe
-from mycel.report import write_report
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.probe import Probes
@@ -42,8 +41,8 @@ from mycel.rounds.site import Job, Site
 from mycel.rounds.world import Node, World
 from mycel.run.checkpoint import checkpoint_clock, read_checkpoint, restore, save_checkpoint
 from mycel.run.execute import Execution, Silent, Watcher, check_recipe
-from mycel.run.folder import RunFolder, write_json, writing
-from mycel.run.frames import FrameRecorder, audit_run
+from mycel.run.folder import RunFolder
+from mycel.run.frames import FrameRecorder
 from mycel.run.log import EventLog
 from mycel.run.result import build_result
 from mycel.wire.shelf import Shelf
@@ -72,13 +71,7 @@ class Federated(Execution):
             with listen(Path(self.post.line)) as door:
                 finished = asyncio.run(self._program(door, task, base))
             result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
-            self._save_model(finished)
-            if self.recipe.guard.record_frames:
-                result["audit"] = audit_run(self.folder.path)
-            write_json(self.folder.result, result)
-            self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
-            with writing(self.folder.path / "report.html"):
-                write_report(self.folder.path)
+            self._conclude(result, finished)
         return result
 
     @contextmanager

@@ -72,8 +72,7 @@ def train_private(
     chance = random.SystemRandom() if privacy.seed is None else random.Random(privacy.seed)
     odds = min(1.0, batch_size / len(table))
     losses, tokens = [], 0
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with ExitStack() as stack, warnings.catch_warnings():
         # The first adapted layer's input needs no gradient, which is right: the embedding is frozen.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         sampled = GradSampleModule(model, strict=False, loss_reduction="sum")

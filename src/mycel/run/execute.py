@@ -90,13 +90,7 @@ class Execution:
             result = build_result(self.recipe, finished, probes, time.monotonic() - started)
             if len(finished["system"].world.nodes) <= FORETOLD:
                 result["predicted"] = as_predicted(forecast(finished["system"].world))
-            self._save_model(finished["system"])
-            if self.recipe.guard.record_frames:
-                result["audit"] = audit_run(self.folder.path)
-            write_json(self.folder.result, result)
-            self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
-            with writing(self.folder.path / "report.html"):
-                write_report(self.folder.path)
+            self._conclude(result, finished["system"])
         finally:
             self.log.close()
         return result
@@ -193,6 +187,16 @@ class Execution:
         if self.stopped.is_set():
             raise RunError("the run was stopped: --resume goes on from the last round")
         self.log.record(event, arm, **fields)
+
+    def _conclude(self, result: dict[str, Any], finished: Finished) -> None:
+        """Write what a run leaves: the model, the result, the end of the log, the page."""
+        self._save_model(finished)
+        if self.recipe.guard.record_frames:
+            result["audit"] = audit_run(self.folder.path)
+        write_json(self.folder.result, result)
+        self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
+        with writing(self.folder.path / "report.html"):
+            write_report(self.folder.path)
 
     def _save_model(self, finished: Finished) -> None:
         observer = finished.world.observer(-1, finished.progress.version)
