@@ -69,8 +69,11 @@ class Cut:
         embed: bool = True,
         head: bool = True,
         dtype: torch.dtype = torch.float32,
+        mapped: bool = False,
     ) -> Cut:
         """Read the wanted parts of a model from a folder in Hugging Face's format, and nothing else of it.
+
+        ``mapped`` leaves the weights in their file, from which pages are read as they are used.
 
         Raises
         ------
@@ -91,7 +94,8 @@ class Cut:
                 blocks[index] = Elsewhere(blocks[index])
         wanted = parts.end_weights(embed, head)
         wanted += [name for index in range(first, last) for name in parts.block_weights(index)]
-        fill(model, parts, shards, {name: source_of(sources, parts, name, folder) for name in wanted}, dtype)
+        named = {name: source_of(sources, parts, name, folder) for name in wanted}
+        fill(model, parts, shards, named, dtype, mapped)
         return cls(model, parts, first, last, embed, head)
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -111,6 +115,7 @@ class Cut:
         cache: Cache | None = None,
         positions_BT: Tensor | None = None,
         mask_BS: Tensor | None = None,
+        **passed: Any,
     ) -> Tensor:
         """Run blocks ``first <= index < last`` on a hidden state.
 
@@ -126,6 +131,8 @@ class Cut:
             Places of the tokens; by default those that follow what the cache holds.
         mask_BS : Tensor, optional
             1 for tokens, 0 for padding, over what the cache holds and the new tokens; or a 4D mask of the family's.
+        **passed
+            Handed on to the family's attention.
         """
         first, last = self.first if first is None else first, self.last if last is None else last
         if first == last:
@@ -140,6 +147,7 @@ class Cut:
                 past_key_values=cache if cache is None or first == 0 else ShiftedCache(cache, first),
                 use_cache=cache is not None,
                 **_positions(hidden_BTD, positions_BT, past),
+                **passed,
             ).last_hidden_state
         finally:
             view.entry.hidden = None
@@ -231,9 +239,16 @@ def source_of(sources: dict[str, str], parts: Anatomy, name: str, folder: Path) 
     return found
 
 
-def fill(model: PreTrainedModel, parts: Anatomy, shards: Shards, sources: dict[str, str], dtype: torch.dtype) -> None:
+def fill(
+    model: PreTrainedModel,
+    parts: Anatomy,
+    shards: Shards,
+    sources: dict[str, str],
+    dtype: torch.dtype,
+    mapped: bool = False,
+) -> None:
     """Read weights into a model, ``sources`` giving the checkpoint's name of each."""
-    tensors = shards.load(set(sources.values()), dtype)
+    tensors = shards.load(set(sources.values()), dtype, mapped)
     for name, source in sources.items():
         parameter = nn.Parameter(tensors[source], requires_grad=False)
         for alias in parts.weights[name]:

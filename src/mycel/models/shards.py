@@ -76,7 +76,7 @@ class Shards:
                 found[name] = source
         return found
 
-    def load(self, names: Collection[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def load(self, names: Collection[str], dtype: torch.dtype | None = None, mapped: bool = False) -> dict[str, Tensor]:
         """Read the weights called ``names`` by the checkpoint, each into memory of its own.
 
         Parameters
@@ -85,6 +85,8 @@ class Shards:
             As ``sources`` returns them.
         dtype : torch.dtype, optional
             Float weights are converted; by default they stay as they are.
+        mapped : bool
+            Weights that need no conversion stay in their file, from which pages are read as they are used.
         """
         found: dict[str, Tensor] = {}
         for file in sorted({self.files[name] for name in names}):
@@ -95,7 +97,7 @@ class Shards:
                             tensor = opened.get_tensor(name)
                             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                             # A clone even without conversion: views would keep the whole file mapped.
-                            found[name] = tensor.to(wanted, copy=True)
+                            found[name] = tensor.to(wanted, copy=not mapped)
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"the weights in {self.folder / file} cannot be read: {str(error)[:200]}") from error
         return found

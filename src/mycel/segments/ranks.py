@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ class Group:
         What links are made to cost.
     syncs : int
         Sums per block, 2 or 1.
-    window : int
-        Blocks whose weights are in memory at a time; 0: all.
+    window, held : int
+        Blocks whose weights are in memory at a time, 0: all; and how many of the first stay there.
+    mapped : bool
+        Whether shares stay in the model's file, from which pages are read as they are used.
     ids : bool
         Whether workers receive token ids and embed them themselves, or states from a master that alone sees tokens.
     """
@@ -56,6 +58,8 @@ class Group:
     pace: Pace = FREE
     syncs: int = 2
     window: int = 0
+    held: int = 0
+    mapped: bool = False
     ids: bool = False
 
 
@@ -69,9 +73,9 @@ class Rank:
         master = mesh.rank == 0
         ends: dict[str, Any] = {"embed": master or group.ids, "head": master}
         self.past = 0
-        self.window = Window(group.folder, group.window, **ends) if group.window else None
-        self.cut = self.window.cut if self.window else Cut.open(group.folder, **ends)
-        sharded = Sharded(self.cut, mesh.rank, group.weights, self.sums, group.syncs)
+        self.window = Window(group.folder, group.window, held=group.held, **ends) if group.window else None
+        self.cut = self.window.cut if self.window else Cut.open(group.folder, mapped=group.mapped, **ends)
+        sharded = Sharded(self.cut, mesh.rank, group.weights, self.sums, group.syncs, copied=not group.mapped)
         if self.window is not None:
             self.window.prepare = lambda index, whole: sharded.share(self.cut.block(index), whole)
         self.cache: DynamicCache = self.cut.new_cache()
@@ -80,13 +84,11 @@ class Rank:
         """Run all blocks on new positions; every rank calls this with the same state."""
         self.past += hidden_BTD.shape[1]
         with torch.inference_mode():
-            return self.window.run(hidden_BTD) if self.window else self.cut.run(hidden_BTD, cache=self.cache)
+            return self.cut.run(hidden_BTD, cache=self.cache)
 
     def restart(self) -> None:
         """Forget all positions, here alone."""
         self.past, self.cache = 0, self.cut.new_cache()
-        if self.window is not None:
-            self.window.fresh()
 
     def close(self) -> None:
         """Stop reading weights."""
@@ -156,12 +158,23 @@ class Worker(Rank):
             self.run(hidden)
 
 
+Head = TypeVar("Head", bound=Master)
+
+
 @contextmanager
-def ranks(group: Group) -> Iterator[Master]:
-    """Start the workers of a group as processes of this machine; this process is the master."""
+def ranks(group: Group, head: type[Head] = Master, hand: type[Worker] = Worker) -> Iterator[Head]:  # type: ignore[assignment]
+    """Start the workers of a group as processes of this machine; this process is the master.
+
+    Parameters
+    ----------
+    group : Group
+        How the model is shared out.
+    head, hand : type
+        What the master and the workers are.
+    """
     context, ports, secret = workers_context(), free_ports(len(group.weights)), secrets.token_hex(16)
     processes: list[Any] = [
-        context.Process(target=_worker, args=(group, rank, ports, secret), daemon=True)
+        context.Process(target=_worker, args=(hand, group, rank, ports, secret), daemon=True)
         for rank in range(1, len(group.weights))
     ]
     for process in processes:
@@ -169,7 +182,7 @@ def ranks(group: Group) -> Iterator[Master]:
     mesh = None
     try:
         mesh = Mesh.connect(0, ports, secret, group.pace)
-        master = Master(group, mesh)
+        master = head(group, mesh)
         try:
             yield master
             master.end()
@@ -193,9 +206,9 @@ def workers_context() -> ForkServerContext:
     return context
 
 
-def _worker(group: Group, rank: int, ports: Sequence[int], secret: str) -> None:
+def _worker(hand: type[Worker], group: Group, rank: int, ports: Sequence[int], secret: str) -> None:
     mesh = Mesh.connect(rank, ports, secret, group.pace)
-    worker = Worker(group, mesh)
+    worker = hand(group, mesh)
     try:
         worker.work()
     except EngineError:

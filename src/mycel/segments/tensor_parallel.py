@@ -37,6 +37,9 @@ class Sharded:
     syncs : int
         2: after attention and after the feed-forward part. 1: once a block, where the family lets them stand side by
         side.
+    copied : bool
+        Whether shares get memory of their own; otherwise they are views of the whole weights, which stay where they
+        are (in a mapped file).
 
     Raises
     ------
@@ -44,8 +47,11 @@ class Sharded:
         When the family has no plan, or fewer heads than ranks.
     """
 
-    def __init__(self, cut: Cut, rank: int, weights: Sequence[float], reduce: Sum, syncs: int = 2) -> None:
+    def __init__(
+        self, cut: Cut, rank: int, weights: Sequence[float], reduce: Sum, syncs: int = 2, copied: bool = True
+    ) -> None:
         self.cut, self.rank, self.weights, self.reduce, self.syncs = cut, rank, weights, reduce, syncs
+        self.copied = copied
         self.plan = plan(cut)
         if syncs == 1 and not side_by_side(cut):
             raise ModelError(f"in {cut.config.model_type!r} the feed-forward part needs the sum of attention: two sums")
@@ -74,7 +80,8 @@ class Sharded:
             size = kept[name].shape[axis]
             units = self._units(block.get_submodule(path.rpartition(".")[0]), size)
             mine, width = shares(units, self.weights)[self.rank], size // units
-            kept[name] = kept[name].narrow(axis, mine.start * width, len(mine) * width).clone()
+            share = kept[name].narrow(axis, mine.start * width, len(mine) * width)
+            kept[name] = share.clone() if self.copied else share
             bias = kept.get(f"{path}.bias")
             if bias is not None and style == "colwise":
                 kept[f"{path}.bias"] = bias[mine.start * width : mine.stop * width].clone()

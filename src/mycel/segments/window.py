@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from mycel.errors import ModelError
 from mycel.models.anatomy import anatomy, skeleton
@@ -22,7 +21,9 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Window:
-    """All blocks of a model, ``window`` of them in memory at a time.
+    """A model some of whose blocks are in memory: each is read before it computes and let go behind it.
+
+    Whoever runs the blocks - whole, shared out inside, or as a peer's segment - need not know of it.
 
     Parameters
     ----------
@@ -32,6 +33,10 @@ class Window:
         Blocks in memory, the one that computes included; at least 2 lets reading and computing overlap.
     embed, head : bool
         Whether these ends are held, always in memory.
+    first, last : int
+        The blocks that are run here; all by default.
+    held : int
+        First blocks that stay in memory once they were read.
 
     Attributes
     ----------
@@ -43,51 +48,60 @@ class Window:
         Blocks read so far.
     """
 
-    def __init__(self, folder: Path, window: int = 2, embed: bool = True, head: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        window: int = 2,
+        embed: bool = True,
+        head: bool = True,
+        first: int = 0,
+        last: int | None = None,
+        held: int = 0,
+    ) -> None:
         if window < 1:
             raise ModelError(f"a window of {window} blocks computes nothing: at least 1 is needed")
         _return_memory()
         config = read_config(folder)
         parts, model = anatomy(config), skeleton(config)
-        self.window, self._shards = window, Shards.of(folder)
+        last = parts.depth if last is None else last
+        self._shards = Shards.of(folder)
         sources = self._shards.sources(model)
         ends = {name: source_of(sources, parts, name, folder) for name in parts.end_weights(embed, head)}
         fill(model, parts, self._shards, ends, torch.float32)
-        self.cut = Cut(model, parts, 0, parts.depth, embed, head)
-        self._names = [
-            {name: source_of(sources, parts, name, folder) for name in parts.block_weights(index)}
-            for index in range(parts.depth)
-        ]
+        self.cut = Cut(model, parts, first, last, embed, head)
+        self.window = min(window, last - first)
+        self._stays = set(range(first, last)) if self.window == last - first else set(range(first, first + held))
+        self._names = {
+            index: {name: source_of(sources, parts, name, folder) for name in parts.block_weights(index)}
+            for index in range(first, last)
+        }
         self.prepare: Callable[[int, Weights], Weights] = lambda index, weights: weights
         self.reads = 0
         self._thread = ThreadPoolExecutor(1)
         self._coming: dict[int, Future[Weights]] = {}
-        self._caches: list[Cache] = []
-        self.fresh()
-
-    def fresh(self) -> None:
-        """Forget all positions."""
-        self._caches = [self.cut.new_cache(index, index + 1) for index in range(self.cut.depth)]
-
-    def run(self, hidden_BTD: Tensor) -> Tensor:
-        """Run all blocks on new positions; the first blocks of the next pass are read meanwhile."""
-        depth = self.cut.depth
-        for index in range(depth):
-            for ahead in range(index, index + min(self.window, depth)):
-                self._fetch(ahead % depth)
-            put(self.cut.block(index), self._coming[index].result())
-            hidden_BTD = self.cut.run(hidden_BTD, index, index + 1, self._caches[index])
-            if self.window < depth:
-                del self._coming[index]
-                put(self.cut.block(index), None)
-        return hidden_BTD
+        for index in range(first, last):
+            block = self.cut.block(index)
+            block.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
+            block.register_forward_hook(lambda *_, index=index: self._leave(index))
 
     def close(self) -> None:
         """Stop reading."""
         self._thread.shutdown(cancel_futures=True)
 
+    def _enter(self, index: int) -> None:
+        first, count = self.cut.first, self.cut.last - self.cut.first
+        # The first blocks of the next pass are read while the last of this one compute.
+        for ahead in range(index - first, index - first + self.window):
+            self._fetch(first + ahead % count)
+        if index in self._coming:
+            put(self.cut.block(index), self._coming.pop(index).result())
+
+    def _leave(self, index: int) -> None:
+        if index not in self._stays:
+            put(self.cut.block(index), None)
+
     def _fetch(self, index: int) -> None:
-        if index not in self._coming:
+        if index not in self._coming and next(self.cut.block(index).parameters()).is_meta:
             self._coming[index] = self._thread.submit(self._read, index)
 
     def _read(self, index: int) -> Weights:
