@@ -9,7 +9,7 @@ import numpy as np
 
 from mycel.errors import ParcelError
 from mycel.guard.secagg.graph import Terms
-from mycel.guard.secagg.keys import KEY_BYTES, Ring, add_mask, agree, digest, public_key
+from mycel.guard.secagg.keys import KEY_BYTES, Ring, add_mask, agree_each, digest, public_key
 from mycel.guard.secagg.party import SEALED_BYTES, Keys, purpose
 from mycel.guard.secagg.shamir import SHARE_BYTES, join
 
@@ -53,9 +53,8 @@ class MaskingCoordinator:
 
     def wanted(self, holder: int) -> dict[int, bytes]:
         """What to ask a party to open: the sealed shares that it holds of parties whose masks are in the sum."""
-        return {
-            node: sealed[holder] for node, sealed in self.sealed.items() if holder in sealed and self._concerns(node)
-        }
+        beside = self.terms.holders(holder)  # who holds a party's shares is whose shares it holds
+        return {node: self.sealed[node][holder] for node in beside if node in self.sealed and self._concerns(node)}
 
     def take_reveal(self, holder: int, shares: Mapping[int, bytes]) -> None:
         """Take a party's fourth answer."""
@@ -95,10 +94,10 @@ class MaskingCoordinator:
 
     def _cancel(self, total: Ring, gone: int, mask: bytes) -> None:
         """Take away what the neighbours of a party that left have put on for it."""
-        for other in self.terms.neighbours[gone]:
-            if other in self.inputs:
-                seed = agree(mask, self.keys[other].mask, purpose(self.terms.tag))
-                add_mask(total, seed, -1 if gone > other else 1)
+        others = [other for other in self.terms.neighbours[gone] if other in self.inputs]
+        seeds = agree_each(mask, (self.keys[other].mask for other in others), purpose(self.terms.tag))
+        for other, seed in zip(others, seeds, strict=True):
+            add_mask(total, seed, -1 if gone > other else 1)
 
     def _concerns(self, node: int) -> bool:
         return node in self.inputs or any(other in self.inputs for other in self.terms.neighbours[node])

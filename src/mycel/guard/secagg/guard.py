@@ -65,7 +65,7 @@ class MaskGuard(Guard):
             sealed = letter.tensors.get("shares/sealed")
             if sealed is None or sealed.dtype != torch.uint8 or sealed.ndim != 2 or len(sealed) != len(holders):
                 continue  # like a party that did not answer
-            texts = {holder: sealed[place].numpy().tobytes() for place, holder in enumerate(holders)}
+            texts = _cut(sealed.numpy().tobytes(), holders)
             self.protocol.take_shares(node, texts, _read(letter, "commitment"))
         present = sorted(self.protocol.sealed)
         self._enough(len(present), least, "shared secrets")
@@ -90,15 +90,15 @@ class MaskGuard(Guard):
         """Add up, ask for shares, take masks away."""
         assert self.protocol is not None
         for answer in answers:
-            hidden = answer.parcel.tensors[SUM].numpy().astype(f"<i{self.wide // 8}").view(f"<u{self.wide // 8}")
+            levels = answer.parcel.tensors[SUM].numpy().astype(f"<i{self.wide // 8}", copy=False)
+            hidden = levels.view(f"<u{self.wide // 8}")
             self.protocol.take_input(answer.node, hidden)
         asked = {node: self._ask_reveal(node) for node in sorted(self.protocol.inputs)}
         for node, letter in (await post(asked)).items():
             wanted = sorted(self.protocol.wanted(node))
             opened = _read(letter, "opened")
             if len(opened) == SHARE_BYTES * len(wanted):
-                cuts = [opened[SHARE_BYTES * place : SHARE_BYTES * (place + 1)] for place in range(len(wanted))]
-                self.protocol.take_reveal(node, dict(zip(wanted, cuts, strict=True)))
+                self.protocol.take_reveal(node, _cut(opened, wanted))
         levels, within = unflatten(self.protocol.sum(), self.codec, self.shapes)
         weight = sum(self.weights[node] for node in self.protocol.inputs)
         return Opened({name: self.codec.value(value) for name, value in levels.items()}, weight, within)
@@ -155,9 +155,7 @@ class MaskParty(PartyGuard):
         if step == "reveal":
             nodes, arrived = (_numbers(message, key) for key in ("of", "arrived"))
             content = _read(message, "sealed")
-            size = len(content) // max(len(nodes), 1)
-            cuts = {of: content[size * place : size * (place + 1)] for place, of in enumerate(nodes)}
-            shares = party.reveal(cuts, set(arrived))
+            shares = party.reveal(_cut(content, nodes), set(arrived))
             opened = b"".join(shares[of] for of in sorted(shares))
             return Parcel("answer", {}, {"opened/opened": _write(opened)}), {}
         raise ParcelError(f"a message of the kind {message.kind[:40]!r} is none of secure aggregation's")
@@ -218,6 +216,12 @@ def _read(letter: Parcel, name: str) -> bytes:
         if full.rpartition("/")[2] == name and tensor.dtype == torch.uint8:
             return tensor.numpy().tobytes()
     raise ParcelError(f"the message lacks {name!r}")
+
+
+def _cut(content: bytes, nodes: Sequence[int]) -> dict[int, bytes]:
+    """Give each node its part of what lies one after another."""
+    size = len(content) // max(len(nodes), 1)
+    return {node: content[size * place : size * (place + 1)] for place, node in enumerate(nodes)}
 
 
 def _numbers(message: Parcel, key: str) -> list[int]:

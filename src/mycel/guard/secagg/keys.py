@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -42,13 +43,20 @@ def agree(secret: bytes, public: bytes, purpose: bytes) -> bytes:
     ParcelError
         When ``public`` is no key of this kind.
     """
-    if len(public) != KEY_BYTES:
-        raise ParcelError(f"a public key has {len(public)} bytes; an X25519 key has {KEY_BYTES}")
-    try:
-        shared = X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise ParcelError("a public key is of the wrong kind: nothing can be agreed on with it") from error
-    return HKDF(SHA256(), KEY_BYTES, None, purpose).derive(shared)
+    return next(agree_each(secret, [public], purpose))
+
+
+def agree_each(secret: bytes, publics: Iterable[bytes], purpose: bytes) -> Iterator[bytes]:
+    """Yield what ``agree`` returns for each of several public keys; the private one is read once."""
+    own = X25519PrivateKey.from_private_bytes(secret)
+    for public in publics:
+        if len(public) != KEY_BYTES:
+            raise ParcelError(f"a public key has {len(public)} bytes; an X25519 key has {KEY_BYTES}")
+        try:
+            shared = own.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError as error:
+            raise ParcelError("a public key is of the wrong kind: nothing can be agreed on with it") from error
+        yield HKDF(SHA256(), KEY_BYTES, None, purpose).derive(shared)
 
 
 def encrypt(key: bytes, text: bytes, about: bytes) -> bytes:
