@@ -10,7 +10,7 @@ quickstart: install
 	$(BIN)/mycel run quickstart --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: install-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 install: .venv/installed
 

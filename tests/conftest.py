@@ -10,6 +10,11 @@ import torch
 from mycel.rounds.laboratory import Laboratory, laboratory
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start federations first: what takes longest must not be what begins last."""
+    items.sort(key=lambda item: not item.path.stem.endswith(("federation_processes", "guard_federation")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
