@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cutting_line import KINDS, WAYS, cutting_line
 from thin_line import thin_line
 
 pytest.importorskip("flwr", reason="the federation extra is not installed")
@@ -138,21 +141,31 @@ def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(
     assert [event["round"] for event in going.events() if event["event"] == "round"] == [1, 2, 3]
 
 
-def test_over_a_bad_network_the_state_is_the_same(made: Village, reference: dict[str, Any], tmp_path: Path) -> None:
+def test_over_a_bad_network_that_cuts_every_kind_of_message_the_state_is_the_same(
+    made: Village, reference: dict[str, Any], tmp_path: Path
+) -> None:
     # A line of our own making: namespaces with netem need a kernel module that few containers have.
     host, _, port = made.address.rpartition(":")
-    with thin_line((host, int(port)), delay=0.1, rate=10e6 / 8, loss=0.01) as line:
+    due = {(kind, way) for kind in KINDS for way in WAYS}
+    keys = made.folder / "keys"
+    with ExitStack() as lines:
+        line = lines.enter_context(thin_line((host, int(port)), delay=0.1, rate=10e6 / 8, loss=0.01))
         for name in list(made.parties):
             made.leave(name)
-            made.join(name, through=f"{host}:{line.port}")
-        result = go(made, tmp_path / "run").finish()
+            own = lines.enter_context(cutting_line((host, line.port), keys, name, due))
+            made.join(name, through=f"{host}:{own}")
+        going = go(made, tmp_path / "run")
+        result = going.finish()
         assert line.stalls > 0
         assert line.passed > result["bytes"]["up"] + result["bytes"]["down"]
         for name in list(made.parties):
             made.leave(name)
             made.join(name)
+    assert not due
     assert result["state_sha256"] == reference["state_sha256"]
     assert result["dropped"]["invalid"] == 0
+    answers = [(event["round"], event["node"]) for event in going.events() if event["event"] == "answer"]
+    assert len(answers) == len(set(answers)) == 4 * len(result["parties"])  # three rounds, and the delivery
 
 
 def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: Path) -> None:
@@ -172,19 +185,46 @@ def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: 
     assert any("rows allows 10" in log.read_text() for log in logs)
 
 
-def test_the_run_goes_on_when_parties_are_killed_or_paused(made: Village, tmp_path: Path) -> None:
-    going = go(made, tmp_path / "run", "rounds.count=5", "rounds.quorum=0.6", "rounds.patience=1")
+@contextmanager
+def slowed(process: subprocess.Popen[bytes], share: float) -> Iterator[None]:
+    """Let a process run for a share of the time only."""
+    ended = threading.Event()
+
+    def take_turns() -> None:
+        while not ended.wait(0.2 * share):
+            os.killpg(process.pid, signal.SIGSTOP)
+            ended.wait(0.2 * (1 - share))
+            os.killpg(process.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_the_run_goes_on_when_parties_are_killed_paused_or_slow(made: Village, tmp_path: Path) -> None:
+    going = go(made, tmp_path / "run", "rounds.count=8", "rounds.quorum=0.6", "rounds.patience=1")
     going.until(in_the_middle_of(2))
-    made.parties["party-2"].kill()  # for good
+    made.parties["party-2"].kill()
+    made.parties["party-2"].wait()
+    made.join("party-2")
     going.until(lambda events: rounds(events) == 2)
     os.killpg(made.parties["party-1"].pid, signal.SIGSTOP)
     going.until(lambda events: any(event.get("reason") == "lost" and event["node"] == 1 for event in events))
     os.killpg(made.parties["party-1"].pid, signal.SIGCONT)
+    before = rounds(going.events())
+    with slowed(made.parties["party-0"], 0.1):
+        going.until(lambda events: rounds(events) >= before + 2)
     result = going.finish()
     events = going.events()
-    assert [event["round"] for event in events if event["event"] == "round"] == [1, 2, 3, 4, 5]
+    assert [event["round"] for event in events if event["event"] == "round"] == list(range(1, 9))
     answers = [(event["round"], event["node"]) for event in events if event["event"] == "answer"]
     assert len(answers) == len(set(answers))
     assert result["dropped"]["lost"] >= 2
-    assert all(event["answers"] >= 1 for event in events if event["event"] == "round")
-    assert any(event["event"] == "answer" and event["node"] == 1 and event["round"] >= 3 for event in events)
+    assert result["dropped"]["late"] >= 1
+    assert all(event["answers"] >= 2 for event in events if event["event"] == "round")
+    assert any(node == 1 and number >= 3 for number, node in answers)
+    assert any(node == 2 and number >= 3 for number, node in answers)  # who died is back

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 PIECE = 1448  # bytes of a packet
@@ -54,12 +55,23 @@ class ThinLine:
 @contextmanager
 def thin_line(target: tuple[str, int], delay: float, rate: float, loss: float) -> Iterator[ThinLine]:
     """Open a line to ``target``: seconds of delay one way, bytes a second in all, share of packets lost."""
-    line, ready = ThinLine(target, delay, rate, loss), threading.Event()
+    line = ThinLine(target, delay, rate, loss)
+    with serving(line.serve) as line.port:
+        yield line
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextmanager
+def serving(serve: Serve, context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Serve on a port of the loopback, which is yielded, in a thread of its own."""
+    ready, ports = threading.Event(), []
     loop = asyncio.new_event_loop()
 
     async def program() -> None:
-        server = await asyncio.start_server(line.serve, "127.0.0.1", 0)
-        line.port = server.sockets[0].getsockname()[1]
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        ports.append(server.sockets[0].getsockname()[1])
         ready.set()
         try:
             await asyncio.Event().wait()
@@ -73,7 +85,7 @@ def thin_line(target: tuple[str, int], delay: float, rate: float, loss: float) -
     thread.start()
     ready.wait()
     try:
-        yield line
+        yield ports[0]
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join()

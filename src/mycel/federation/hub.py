@@ -82,7 +82,7 @@ class Hub:
             raise RunError(f"nobody is admitted: `mycel keys add NAME --keys {self.keys}` makes a party's key")
         authority = self.folder / "authority.crt"
         authority.write_bytes(pem(identity.authority))
-        policy: Policy = CoordinatorGate(self._ring.parties)
+        policy: Policy = CoordinatorGate(self._ring.parties, lambda: self._seats)
         server = server_context(self.keys / "coordinator.pem", authority)
         return Relay((LOOPBACK, self._port), policy, server, client_context(self._inner().authority))
 
@@ -121,6 +121,8 @@ class Hub:
         assert self._link is not None
         if self._link.poll() is not None:
             logger.warning("the SuperLink has ended and is started again; `mycel run --resume` goes on with its run")
+            if isinstance(relay.policy, CoordinatorGate):
+                relay.policy.forget()
             await self._start_link()
         await self._admit()
         if isinstance(relay.policy, CoordinatorGate):

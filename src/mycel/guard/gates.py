@@ -3,7 +3,9 @@
 Flower's SuperLink serves everything on one port, its unguarded control interface too, and a node runs whatever app the
 SuperLink hands it. So the SuperLink listens on the loopback alone. Before it stands the coordinator's gate: a TLS
 listener that demands a certificate of the authority, lets nothing pass but a node's own requests under the very key of
-that certificate, once each, and no more bytes than one message holds. On the other side, a party's nodes reach the
+that certificate, once each, and no more bytes than one message holds. It also mends what Flower leaves open when a line
+is cut: a message whose delivery nobody confirmed is delivered again, and a node that died is taken off the list when
+its party comes back, not a minute later. On the other side, a party's nodes reach the
 world through the party's gate, which lets no app in but the relay that this version of Mycel installs.
 """
 
@@ -21,14 +23,17 @@ from cryptography import x509
 
 from mycel.engines.flower.engine import PART
 from mycel.guard.keys import in_date, spki
-from mycel.wire.relay import Caller, Head, Policy
+from mycel.wire.http import Head, Reply
+from mycel.wire.relay import Caller, Policy
 
 FLEET = "/v1/fleet/"
 POLL = "/v1/fleet/pull-messages"
+CONFIRM = f"{FLEET}confirm-message-received"
+ACTIVATE, DEACTIVATE = f"{FLEET}activate-node", f"{FLEET}deactivate-node"
 APP = "/v1/fleet/get-fab"
-PARCELS = {f"{FLEET}{name}" for name in ("push-object", "pull-object", "push-messages", "confirm-message-received")}
-ALLOWED = {f"{FLEET}{name}" for name in ("activate-node", "deactivate-node", "send-node-heartbeat", "get-run")}
-ALLOWED |= PARCELS | {POLL, APP}
+PARCELS = {f"{FLEET}{name}" for name in ("push-object", "pull-object", "push-messages")} | {CONFIRM}
+ALLOWED = {f"{FLEET}{name}" for name in ("send-node-heartbeat", "get-run")}
+ALLOWED |= PARCELS | {ACTIVATE, DEACTIVATE, POLL, APP}
 UNKNOWN = {f"{FLEET}register-node", f"{FLEET}unregister-node"}  # what a node without a key asks for
 PURPOSE = {
     f"{FLEET}push-object": "parcels",
@@ -37,7 +42,8 @@ PURPOSE = {
     f"{FLEET}send-node-heartbeat": "polling",
 }
 REQUEST = 1 << 23  # bytes of one request: Flower cuts what it sends into pieces of 5 MiB
-BETWEEN = PART + (1 << 22)  # bytes that a party may send between two messages that it is given
+BETWEEN = PART + PART // 4  # bytes that a party may send between two messages that it is given, repeats after cuts too
+REPEATS = 3  # deliveries of a message that is never confirmed
 TOLERANCE = 310.0  # seconds for which the SuperLink takes a signature
 
 
@@ -48,6 +54,8 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
     since: int = 0
+    unconfirmed: Reply | None = None
+    repeats: int = 0
 
 
 @dataclass
@@ -58,9 +66,12 @@ class CoordinatorGate(Policy):
     ----------
     parties : callable
         Returns the admitted parties' public keys by name, as they are now; a key that is no longer there is refused.
+    seats : callable
+        Returns the SuperLink's number of each party's node.
     """
 
     parties: Callable[[], Mapping[str, bytes]]
+    seats: Callable[[], Mapping[str, int]] = dict
     clock: Callable[[], float] = time.monotonic
     traffic: dict[str, Traffic] = field(default_factory=dict)
     _used: dict[str, float] = field(default_factory=dict)
@@ -79,6 +90,8 @@ class CoordinatorGate(Policy):
         if not self._fresh(head.headers.get("flwr-signature", "")):
             return "the request was sent before"
         traffic = self.traffic.setdefault(name, Traffic())
+        if head.path == CONFIRM:
+            traffic.unconfirmed = None
         if head.path in PARCELS:
             traffic.since += head.length
             if traffic.since > BETWEEN:
@@ -106,18 +119,49 @@ class CoordinatorGate(Policy):
         """Hold back an empty poll: Flower's nodes sleep three seconds after each."""
         return head.path == POLL
 
+    def inspects(self, head: Head) -> bool:
+        """Look at how a node's registration ends."""
+        return head.path == ACTIVATE
+
+    def before(self, caller: Caller, head: Head, status: int, alone: bool) -> tuple[str, bytes] | None:
+        """Have a party that comes back, and is nowhere else, leave first: Flower still counts on the node that died."""
+        name, _ = self._who(caller)
+        if head.path != ACTIVATE or status == 200 or not alone or name not in self.seats():
+            return None
+        return DEACTIVATE, b"\x08" + _varint(self.seats()[name])  # field 1: the node's number
+
+    def kept(self, caller: Caller, head: Head) -> Reply | None:
+        """Deliver a message again whose party asks for the next without a word on it: the line was cut."""
+        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        if head.path != POLL or traffic.unconfirmed is None or traffic.repeats >= REPEATS:
+            return None
+        traffic.repeats += 1
+        return traffic.unconfirmed
+
+    def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
+        """Keep a message until its party confirms that it came."""
+        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        if head.path == POLL and reply is not traffic.unconfirmed:
+            traffic.unconfirmed, traffic.repeats = (reply if reply.body and reply.status == 200 else None), 0
+
+    def forget(self) -> None:
+        """Keep nothing of a SuperLink that has ended."""
+        for traffic in self.traffic.values():
+            traffic.unconfirmed = None
+
     def passed(self, caller: Caller, head: Head, answered: int) -> None:
         """Count what crossed the socket, and give a party that was handed a message room for its answer."""
-        name, _ = self._who(caller)
-        traffic = self.traffic.setdefault(name, Traffic())
+        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        purpose = PURPOSE.get(head.path, "protocol")
         if head.path == POLL and answered:
-            traffic.since = 0
-        purpose = "handshakes" if caller.seen == (0, 0) else PURPOSE.get(head.path, "protocol")
-        if head.path == POLL and answered:
-            purpose = "protocol"
-        received, sent = caller.traffic()
-        traffic.received[purpose] += received
-        traffic.sent[purpose] += sent
+            traffic.since, purpose = 0, "protocol"
+        first = caller.seen == (0, 0)
+        for counts, crossed, body in zip(
+            (traffic.received, traffic.sent), caller.traffic(), (head.length, answered), strict=True
+        ):
+            shaking = max(crossed - body, 0) if first else 0  # what a first message's body does not account for
+            counts["handshakes"] += shaking
+            counts[purpose] += crossed - shaking
 
 
 class OpenGate(Policy):
@@ -156,6 +200,12 @@ class PartyGate(Policy):
         """Refuse an app that is not ours to the byte; little room is left for what Flower says beside it."""
         known = self.app in body and len(body) < len(self.app) + 1024
         return "" if known else "the coordinator sends an app that this version of Mycel does not know"
+
+
+def _varint(number: int) -> bytes:
+    """Write a number as protobuf does: seven bits a byte, the least first."""
+    more = [number >> shift & 127 | 128 for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*more[:-1], more[-1] & 127])
 
 
 def server_context(certificate: Path, authority: Path | None = None) -> ssl.SSLContext:

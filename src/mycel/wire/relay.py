@@ -2,7 +2,8 @@
 
 A policy sees the head of each request before anything is read of its body, and may refuse it. A poll that has nothing
 to bring is held back and asked again from here, so that a client which sleeps after each empty answer is served at
-once. Bodies are never held whole, except small ones which the policy wants to look into.
+once; what it brings is kept until the policy knows that it arrived. Bodies are never held whole, except small ones
+which the policy wants to look into. Nothing more is asked for a caller that has hung up.
 """
 
 from __future__ import annotations
@@ -11,36 +12,29 @@ import asyncio
 import ssl
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import h11
 
-CHUNK = 1 << 18
+from mycel.wire.http import CHUNK, Head, Reply, Side, head_of, towards
+
 LOOKED_INTO = 1 << 22  # bytes of a body that a policy looks into, at most
 HELD = 15.0  # seconds that an empty answer is held back; Flower's clients give up after 30
 SHARE, SOONEST, LATEST = 0.05, 0.05, 1.0  # a held poll is repeated after this share of its age, within these seconds
+LOOK = 0.5  # seconds between looks whether a caller that waits for an answer is still there
 SENT, RECEIVED = 200, 128  # where the kernel's tcp_info keeps bytes sent and received
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of one request."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    length: int
-
-
-@dataclass
+@dataclass(eq=False)
 class Caller:
     """Whoever opened a connection: who its certificate says it is, and what the kernel counted on its socket."""
 
     certificate: bytes
     socket: Any
+    gone: Callable[[], bool]
     seen: tuple[int, int] = (0, 0)
 
     def traffic(self) -> tuple[int, int]:
@@ -73,6 +67,20 @@ class Policy:
         """Return why an answer may not pass, or nothing."""
         return ""
 
+    def before(self, caller: Caller, head: Head, status: int, alone: bool) -> tuple[str, bytes] | None:
+        """Return path and body of what has to be asked first, after which a request is made again; None: it stands.
+
+        ``alone`` says that the caller has no other connection here.
+        """
+        return None
+
+    def kept(self, caller: Caller, head: Head) -> Reply | None:
+        """Return an answer that was given before and may not have arrived, or None."""
+        return None
+
+    def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
+        """Take note of a whole answer before it is given."""
+
     def passed(self, caller: Caller, head: Head, answered: int) -> None:
         """Take note of a request that was answered with so many bytes."""
 
@@ -94,6 +102,7 @@ class Relay:
     server: ssl.SSLContext | None = None
     client: ssl.SSLContext | None = None
     refused: Counter[str] = field(default_factory=Counter)
+    callers: set[Caller] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def start(self, host: str, port: int) -> asyncio.Server:
@@ -111,7 +120,11 @@ class Relay:
         assert task is not None
         self._tasks.add(task)
         tls = writer.get_extra_info("ssl_object")
-        caller = Caller(tls.getpeercert(True) or b"" if tls else b"", writer.get_extra_info("socket"))
+        certificate = tls.getpeercert(True) or b"" if tls else b""
+        caller = Caller(
+            certificate, writer.get_extra_info("socket"), lambda: reader.at_eof() or writer.transport.is_closing()
+        )
+        self.callers.add(caller)
         exchange = Exchange(self, caller, reader, writer)
         try:
             while await exchange.one():
@@ -120,7 +133,13 @@ class Relay:
             pass
         finally:
             self._tasks.discard(task)
+            self.callers.discard(caller)
             exchange.hang_up()
+
+    def alone(self, caller: Caller) -> bool:
+        """Whether nobody else with a caller's certificate is connected."""
+        same = (each for each in self.callers if each.certificate == caller.certificate)
+        return all(each is caller or each.gone() for each in same)
 
 
 class Exchange:
@@ -138,7 +157,7 @@ class Exchange:
         request = await self._near.event()
         if not isinstance(request, h11.Request):
             return False
-        head = _head(request)
+        head = head_of(request)
         why = "the request states no length" if head.length < 0 else self._relay.policy.refuse(self._caller, head)
         if why:
             self._relay.refused[why] += 1
@@ -155,48 +174,80 @@ class Exchange:
         policy = self._relay.policy
         if not policy.holds(head) and not policy.inspects(head):
             far = await self._open()
-            await far.send(_towards(request))
+            await far.send(towards(request))
             async for part in self._near.body():
                 await far.send(h11.Data(part))
             await far.send(h11.EndOfMessage())
             return await self._pass_back(far)
         asked = await self._near.whole(LOOKED_INTO)
-        began = asyncio.get_running_loop().time()
-        while True:
-            far = await self._open()
-            await far.send(_towards(request))
-            await far.send(h11.Data(asked))
-            await far.send(h11.EndOfMessage())
-            response = await far.response()
-            body = await far.whole(LOOKED_INTO)
-            far.connection.start_next_cycle()
-            waited = asyncio.get_running_loop().time() - began
-            if body or response.status_code != 200 or not policy.holds(head) or waited > HELD:
-                break
-            await asyncio.sleep(min(max(SHARE * waited, SOONEST), LATEST))
-        why = policy.object_to(head, body) if policy.inspects(head) else ""
+        reply = policy.kept(self._caller, head) or await self._insist(request, head, asked)
+        why = policy.object_to(head, reply.body) if policy.inspects(head) else ""
         if why:
             self._relay.refused[why] += 1
             await self._near.answer(502, why.encode())
             raise EOFError(why)
-        await self._near.send(h11.Response(status_code=response.status_code, headers=response.headers))
-        await self._near.send(h11.Data(body))
+        policy.answering(self._caller, head, reply)
+        await self._near.send(h11.Response(status_code=reply.status, headers=reply.headers))
+        await self._near.send(h11.Data(reply.body))
         await self._near.send(h11.EndOfMessage())
-        return len(body)
+        return len(reply.body)
+
+    async def _insist(self, request: h11.Request, head: Head, asked: bytes) -> Reply:
+        """Ask the target: after what has to be asked first, and again while it has nothing to bring."""
+        policy, caller = self._relay.policy, self._caller
+        began, tried = asyncio.get_running_loop().time(), False
+        while True:
+            reply = await self._put(towards(request), asked)
+            first = None if tried else policy.before(caller, head, reply.status, self._relay.alone(caller))
+            if first is not None:
+                tried, (path, body) = True, first
+                await self._put(towards(request, path, len(body)), body)
+                continue
+            waited = asyncio.get_running_loop().time() - began
+            if reply.body or reply.status != 200 or not policy.holds(head) or waited > HELD:
+                return reply
+            await asyncio.sleep(min(max(SHARE * waited, SOONEST), LATEST))
+            if caller.gone():  # whatever came now would be lost
+                raise EOFError("the caller hung up")
+
+    async def _put(self, request: h11.Request, body: bytes) -> Reply:
+        far = await self._open()
+        await far.send(request)
+        await far.send(h11.Data(body))
+        await far.send(h11.EndOfMessage())
+        response = await self._response(far)
+        reply = Reply(response.status_code, response.headers, await far.whole(LOOKED_INTO))
+        self._settle(far)
+        return reply
 
     async def _pass_back(self, far: Side) -> int:
-        response = await far.response()
+        response = await self._response(far)
         await self._near.send(h11.Response(status_code=response.status_code, headers=response.headers))
         count = 0
         async for part in far.body():
             count += len(part)
             await self._near.send(h11.Data(part))
         await self._near.send(h11.EndOfMessage())
+        self._settle(far)
+        return count
+
+    async def _response(self, far: Side) -> h11.Response:
+        """Wait for the head of an answer while there is somebody to give it to."""
+        waiting = asyncio.ensure_future(far.response())
+        try:
+            while not (await asyncio.wait([waiting], timeout=LOOK))[0]:
+                if self._caller.gone():
+                    raise EOFError("the caller hung up")
+            return waiting.result()
+        finally:
+            waiting.cancel()
+
+    def _settle(self, far: Side) -> None:
+        """Make the target's connection ready for another request, or close it."""
         if far.connection.our_state is h11.DONE and far.connection.their_state is h11.DONE:
             far.connection.start_next_cycle()
         else:
             self._hang_up_far()
-        return count
 
     async def _open(self) -> Side:
         if self._far is None or self._far.connection.our_state is not h11.IDLE or self._far.reader.at_eof():
@@ -226,69 +277,3 @@ class Exchange:
         self._hang_up_far()
         with suppress(RuntimeError):
             self._near.writer.close()
-
-
-@dataclass
-class Side:
-    """One end of an exchange."""
-
-    connection: h11.Connection
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def event(self) -> Any:
-        """Return the next event; ``ConnectionClosed`` at the end."""
-        while True:
-            event = self.connection.next_event()
-            if event is not h11.NEED_DATA:
-                return event
-            self.connection.receive_data(await self.reader.read(CHUNK))
-
-    async def response(self) -> h11.Response:
-        """Return the head of the answer."""
-        while not isinstance(event := await self.event(), h11.Response):
-            if isinstance(event, h11.ConnectionClosed):
-                raise EOFError("the target hung up")
-        return event
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """Yield a body as it comes."""
-        while not isinstance(event := await self.event(), h11.EndOfMessage):
-            if not isinstance(event, h11.Data):
-                raise EOFError("the body was cut off")
-            yield bytes(event.data)
-
-    async def whole(self, most: int) -> bytes:
-        """Return a small body."""
-        parts = bytearray()
-        async for part in self.body():
-            parts += part
-            if len(parts) > most:
-                raise EOFError("the body is too long to be looked into")
-        return bytes(parts)
-
-    async def send(self, event: Any) -> None:
-        """Write an event."""
-        content = self.connection.send(event)
-        if content:
-            self.writer.write(content)
-            await self.writer.drain()
-
-    async def answer(self, status: int, text: bytes) -> None:
-        """Write a whole answer of our own, after which the connection is closed."""
-        headers = [("content-type", "text/plain"), ("content-length", str(len(text))), ("connection", "close")]
-        await self.send(h11.Response(status_code=status, headers=headers))
-        await self.send(h11.Data(text))
-        await self.send(h11.EndOfMessage())
-
-
-def _head(request: h11.Request) -> Head:
-    headers = {bytes(name).decode("latin-1"): bytes(value).decode("latin-1") for name, value in request.headers}
-    length = headers.get("content-length", "")
-    stated = length.isdecimal() and "transfer-encoding" not in headers
-    path = request.target.decode("latin-1")
-    return Head(request.method.decode("latin-1"), path, headers, int(length) if stated else -1)
-
-
-def _towards(request: h11.Request) -> h11.Request:
-    return h11.Request(method=request.method, target=request.target, headers=request.headers)
