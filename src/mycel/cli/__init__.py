@@ -172,11 +172,12 @@ def join(
     name: Annotated[str, typer.Option(help="Name without a key; with one, the key's certificate says it.")] = "",
     consent: Annotated[Path | None, typer.Option(help="TOML file of what this party is willing to do.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key: for trials only.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="This party is an island of so many ranks here.")] = 1,
 ) -> None:
     """Take part in a federation with private data; connections go outwards only."""
     from mycel.cli.federation import join_command
 
-    join_command(address, key, data, name, consent, insecure)
+    join_command(address, key, data, name, consent, insecure, nproc)
 
 
 @app.command(

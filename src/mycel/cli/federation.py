@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,43 @@ def coordinator_command(listen: str, keys: Path | None, insecure: bool) -> None:
     _serve(Hub(listen, keys).run())
 
 
-def join_command(address: str, key: Path | None, data: Path, name: str, consent: Path | None, insecure: bool) -> None:
-    """Take part in a federation until stopped."""
+def join_command(
+    address: str, key: Path | None, data: Path, name: str, consent: Path | None, insecure: bool, nproc: int
+) -> None:
+    """Take part in a federation until stopped: alone, as an island of processes, or as a rank under ``torchrun``."""
+    from mycel.collectives.leading import Leader, follow
+    from mycel.collectives.processes import RankProcesses
+    from mycel.collectives.ranks import process_group, under_torchrun
     from mycel.federation.consent import read_consent
-    from mycel.federation.member import Membership
+    from mycel.federation.member import Membership, PrivateSites
     from mycel.federation.place import state_folder
     from mycel.federation.seat import Seat
     from mycel.guard.keys import Identity
 
     if insecure == (key is not None):
         raise RunError("name this party's key with --key, or say --insecure for plain text and no key: one of them")
-    if not data.exists():
-        raise RunError(f"--data names {str(data)!r}, which does not exist: a file or folder of this party's examples")
-    identity = Identity.load(key) if key else None
-    name = identity.name if identity else name or data.resolve().name
-    folder = state_folder("parties", f"{address}-{name}")
-    host = Membership(name, data, folder, read_consent(consent))
-    _serve(Seat(address, name, identity, host).run(), folder / "party.log")
+    with ExitStack() as stack:
+        ranks, leader = None, None
+        if under_torchrun():
+            device = stack.enter_context(process_group())
+            if int(os.environ["RANK"]):
+                follow(device)
+                return
+            leader = Leader(device)
+            stack.callback(leader.dismiss)
+        elif nproc > 1:
+            # Forked now, before a thread or a connection is there that no other process may inherit.
+            ranks = RankProcesses(nproc, PrivateSites)
+            stack.callback(ranks.close)
+        if not data.exists():
+            raise RunError(
+                f"--data names {str(data)!r}, which does not exist: a file or folder of this party's examples"
+            )
+        identity = Identity.load(key) if key else None
+        name = identity.name if identity else name or data.resolve().name
+        folder = state_folder("parties", f"{address}-{name}")
+        host = Membership(name, data, folder, read_consent(consent), ranks, leader)
+        _serve(Seat(address, name, identity, host).run(), folder / "party.log")
 
 
 def status_command(address: str, as_json: bool) -> None:

@@ -15,7 +15,8 @@ def island_command(name: str, overrides: list[str], out: Path | None, resume: bo
     """Start the ranks of an island, or be one of those that ``torchrun`` started."""
     recipe = load_recipe(name, overrides)
     folder = out or Path("runs") / f"{Path(name.partition(':')[0]).stem}-{recipe.seed}"
-    from mycel.run.island import launch, run_island, under_torchrun
+    from mycel.collectives.ranks import under_torchrun
+    from mycel.run.island import launch, run_island
 
     if not under_torchrun():
         words = ["run", name, *overrides, "--out", str(folder), *(["--resume"] * resume), *(["--json"] * as_json)]

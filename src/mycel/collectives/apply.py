@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -147,6 +147,13 @@ def _local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a parameter or gradient as every rank together holds it; all of its ranks must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(full: Tensor, like: Tensor) -> Tensor:
+    """Inverse of ``whole``: this rank's part of ``full``, divided as ``like`` is; ``full`` is the same on each rank."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gradient_norm(stage: Stage, ranks: Ranks) -> float:

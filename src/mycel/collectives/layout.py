@@ -16,6 +16,14 @@ def ranks_of(layout: Layout) -> int:
     return layout.data * layout.tensor * layout.pipeline * layout.sequence
 
 
+def layout_of(layout: Layout, ranks: int) -> Layout:
+    """How so many ranks share the work: by ``layout`` if it makes as many, else by rows."""
+    if ranks_of(layout) == ranks:
+        return layout
+    alone = Layout(data=ranks)
+    return alone.model_copy(update={"codec": layout.codec, "recompute": layout.recompute})
+
+
 def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, length: int) -> None:
     """Refuse a layout that does not divide the ranks, the model, the batch or the rows.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from mycel.collectives.apply import Stage, lay_out, named_weights, whole
-from mycel.collectives.hooks import CodecExchange
+from mycel.collectives.apply import Stage, lay_out, named_weights, spread, whole
+from mycel.collectives.hooks import CodecExchange, gather_frames
 from mycel.collectives.layout import check_layout
 from mycel.collectives.ranks import Ranks
 from mycel.collectives.saving import Checkpoints
@@ -24,7 +24,7 @@ from mycel.models.base import Base
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
 from mycel.rounds.training import make_optimizer
-from mycel.wire.parcel import Tensors
+from mycel.wire.parcel import Parcel, Tensors
 
 
 @dataclass
@@ -111,24 +111,45 @@ class Program:
         ]
         return math.fsum(losses) / len(losses) if losses else math.nan
 
+    def load(self, weights: Tensors, memory: Tensors) -> None:
+        """Go on from whole weights and what an optimiser remembered of them (``moment/weight``), the same on each rank.
+
+        What else ranks keep between steps is dropped, so that the same load is followed by the same steps.
+        """
+        self.optimizer = self.trainer.optimizer = make_optimizer(self.weights, self.recipe.training)
+        if self.recipe.layout.codec:
+            self.trainer.exchange = CodecExchange(self.ranks, self.recipe.layout.codec)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(spread(weights[name].to(self.ranks.device), weight))
+        for key, value in memory.items():
+            moment, _, name = key.partition("/")
+            if name in self.weights:
+                kept = spread(value.to(self.ranks.device), self.weights[name]) if value.dim() else value.clone()
+                self.optimizer.state[self.weights[name]][moment] = kept
+
     def collect(self) -> Tensors:
         """The whole model's weights, on every rank."""
-        own = {name: whole(weight.detach()).cpu().clone() for name, weight in self.weights.items()}
+        return self.gather(dict(self.weights))
+
+    def remember(self) -> Tensors:
+        """What the optimiser remembers of the whole model, as ``moment/weight``, on every rank."""
+        own = {
+            f"{moment}/{name}": value
+            for name, weight in self.weights.items()
+            for moment, value in self.optimizer.state[weight].items()
+            if isinstance(value, torch.Tensor)
+        }
+        return self.gather(own)
+
+    def gather(self, own: Mapping[str, torch.Tensor]) -> Tensors:
+        """Put together what lies on this rank's stage and on the others', on every rank."""
+        held: Tensors = {name: whole(tensor.detach()).cpu().clone() for name, tensor in own.items()}
         if self.ranks.layout.pipeline == 1:
-            return own
-        stages: list[Tensors | None] = [None] * self.ranks.layout.pipeline
-        shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()]
-        named: list[list[tuple[str, tuple[int, ...], torch.dtype]] | None] = [None] * len(stages)
-        group = self.ranks.group("pipeline")
-        dist.all_gather_object(named, shapes, group=group)
-        collected: Tensors = {}
-        for stage, parts in enumerate(named):
-            source = dist.get_global_rank(group, stage)
-            for name, shape, dtype in parts or []:
-                tensor = own[name] if stage == self.ranks.place("pipeline") else torch.empty(shape, dtype=dtype)
-                dist.broadcast(tensor, source, group=group)
-                collected[name] = tensor
-        return collected
+            return held
+        frames = gather_frames(Parcel("stage", {}, held).to_bytes(), self.ranks.group("pipeline"))
+        # A tied weight lies in the first and the last stage; it is the same in both.
+        return {name: tensor for frame in frames for name, tensor in Parcel.from_bytes(frame).tensors.items()}
 
 
 def checkpoint_folder(run: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,30 +53,59 @@ class Ranks:
         return dist.get_rank() == 0
 
 
+def under_torchrun() -> bool:
+    """Whether this process is a rank that ``torchrun`` started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks of one machine meet that no ``torchrun`` started: a file, and each one's number of so many."""
+
+    file: str
+    rank: int
+    size: int
+
+
 @contextmanager
-def island(layout: Layout) -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` describes in the environment, and leave it at the end.
+def process_group(meeting: Meeting | None = None) -> Iterator[torch.device]:
+    """Join the ranks at a meeting, or those that ``torchrun`` describes in the environment; leave them at the end.
 
     Raises
     ------
     EngineError
-        The environment describes no process group.
+        There is no meeting and the environment describes none.
     """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    wanted = () if meeting else ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
     if missing:
         raise EngineError(f"the environment has no {missing[0]}: start ranks with `mycel run --nproc N` or torchrun")
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    gpu, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0)) if meeting is None else meeting.rank
+    device = torch.device("cuda", here % torch.cuda.device_count()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if meeting is None:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        store = dist.FileStore(meeting.file, meeting.size)
+        dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=PATIENCE)
     try:
-        yield make_ranks(layout, device)
+        yield device
     finally:
         dist.destroy_process_group()
 
 
+@contextmanager
+def island(layout: Layout) -> Iterator[Ranks]:
+    """Join the ranks that the environment describes, laid out; leave them at the end."""
+    with process_group() as device:
+        yield make_ranks(layout, device)
+
+
 def make_ranks(layout: Layout, device: torch.device) -> Ranks:
     """Lay the meshes over all ranks of a process group that has been joined."""
+    # Hints about collectives that could be merged, once for every shape.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     mesh = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in AXES), mesh_dim_names=AXES)
     return Ranks(layout, mesh, mesh["data", "sequence"]._flatten("replicas"), device)

@@ -41,6 +41,9 @@ class Host(Protocol):
     def handle(self, arm: str, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
         """Carry out one brief."""
 
+    def close(self) -> None:
+        """Give back whatever the host holds; nothing is asked of it afterwards."""
+
 
 def _reply(host: Host, arm: str, node: int, frame: bytes, home: bytes) -> Reply:
     try:
@@ -75,7 +78,8 @@ class Inline:
         return future
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Give back what the host holds."""
+        self._host.close()
 
 
 @dataclass
@@ -107,7 +111,7 @@ class WorkerPool:
     """
 
     def __init__(self, make_host: Callable[[], Host], count: int) -> None:
-        self._nursery = Nursery(lambda connection: _serve(connection, make_host))
+        self._nursery = Nursery(lambda connection: serve(connection, make_host))
         self._jobs: dict[str, str] = {}
         self._closed = False
         self._changing = threading.Lock()
@@ -169,15 +173,9 @@ class WorkerPool:
         return fresh
 
     def _exchange(self, worker: _Worker, task: _Task) -> Reply:
-        connection = worker.child.connection
         job = None if task.arm in worker.opened else self._jobs[task.arm]
-        for part in (json.dumps({"arm": task.arm, "node": task.node, "job": job}).encode(), task.frame, task.home):
-            connection.send_bytes(part)
-        verdict = json.loads(connection.recv_bytes())
-        reply = Reply(connection.recv_bytes(), connection.recv_bytes(), verdict["refusal"])
+        reply = exchange(worker.child.connection, task.arm, job, task.node, task.frame, task.home)
         worker.opened.add(task.arm)
-        if verdict["crash"]:
-            raise EngineError(_failed(task.node, verdict["crash"]))
         return reply
 
     def close(self) -> None:
@@ -195,7 +193,28 @@ class WorkerPool:
             self._tasks.get().reply.cancel()
 
 
-def _serve(connection: Connection, make_host: Callable[[], Host]) -> None:
+def exchange(
+    connection: Connection,
+    arm: str,
+    job: str | None,
+    node: int,
+    frame: bytes,
+    home: bytes,
+    answered: Callable[[], None] = lambda: None,
+) -> Reply:
+    """Have the process at the other end do one piece of work; ``answered`` may wait for its answer in its own way."""
+    for part in (json.dumps({"arm": arm, "node": node, "job": job}).encode(), frame, home):
+        connection.send_bytes(part)
+    answered()
+    verdict = json.loads(connection.recv_bytes())
+    reply = Reply(connection.recv_bytes(), connection.recv_bytes(), verdict["refusal"])
+    if verdict["crash"]:
+        raise EngineError(_failed(node, verdict["crash"]))
+    return reply
+
+
+def serve(connection: Connection, make_host: Callable[[], Host]) -> None:
+    """Do the work that ``exchange`` asks for at the other end, until nobody is there."""
     import torch
 
     torch.set_num_threads(1)

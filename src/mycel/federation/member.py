@@ -11,9 +11,11 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from mycel.collectives.layout import check_layout, layout_of
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.sources import load_examples
 from mycel.data.tokens import TokenStore
@@ -29,6 +31,10 @@ from mycel.rounds.simulation import describe
 from mycel.rounds.site import Job, Site
 from mycel.rounds.world import World
 from mycel.run.plan import peak_bytes
+
+if TYPE_CHECKING:
+    from mycel.collectives.leading import Leader
+    from mycel.collectives.processes import RankProcesses
 
 VERSION = 1  # of what travels beside parcels
 
@@ -99,6 +105,29 @@ class PrivateSite(Site):
         return 0
 
 
+class PrivateSites:
+    """What rank 0 of a party's island runs, where the island's processes are the party's own."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._sites: dict[str, PrivateSite] = {}
+        self._bases: dict[str, Base] = {}
+
+    def open(self, arm: str, job: str) -> None:
+        """Make a run known, as ``Membership`` describes it."""
+        content = json.loads(job)
+        site = PrivateSite(Job.from_json(content["job"]), self._bases, leader=self._leader)
+        site.own = int(content["own"])
+        self._sites[arm] = site
+
+    def handle(self, arm: str, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
+        """Carry out one brief."""
+        return self._sites[arm].handle(node, frame, home)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
 @dataclass
 class Membership:
     """Hosts a party's part in every run that it consents to.
@@ -110,12 +139,18 @@ class Membership:
         are.
     folder : Path
         Where token stores lie.
+    ranks : RankProcesses, optional
+        The party is an island of so many processes here.
+    leader : Leader, optional
+        The party is an island, of which this process is rank 0.
     """
 
     name: str
     data: Path
     folder: Path
     consent: Consent = field(default_factory=Consent)
+    ranks: RankProcesses | None = None
+    leader: Leader | None = None
     _sites: dict[str, PrivateSite] = field(default_factory=dict)
     _about: dict[str, Control] = field(default_factory=dict)
     _bases: dict[str, Base] = field(default_factory=dict)
@@ -127,6 +162,7 @@ class Membership:
             self.consent.check(task.recipe)
             torch.set_num_threads(self.consent.threads)
             site = self._open(arm, task, node)
+            self._check_island(site)
             (about,) = describe(site.store, task.recipe)
             ranks = task.recipe.trainable.rank
             rank = ranks[node % len(ranks)] if isinstance(ranks, list) else about.rank
@@ -148,9 +184,17 @@ class Membership:
         spec, path = task.recipe.data, self.folder / f"{arm}.safetensors"
         tokenizer = open_base(base).tokenizer
         TokenStore.build([self._examples(task.recipe)], tokenizer, spec.max_length, spec.pack).save(path)
-        site = PrivateSite(Job(task.recipe, str(base), str(path)), self._bases)
+        site = PrivateSite(Job(task.recipe, str(base), str(path)), self._bases, leader=self.leader)
         site.own = node
         return site
+
+    def _check_island(self, site: PrivateSite) -> None:
+        """Refuse a recipe that this party's ranks cannot share out."""
+        size = self.ranks.size if self.ranks else self.leader.size if self.leader else 1
+        recipe = site.job.recipe
+        if size > 1 and site.system.inside:
+            config, rows = site.base.model.config, recipe.training.batch_size
+            check_layout(layout_of(recipe.layout, size), size, config, rows, recipe.data.max_length)
 
     def _examples(self, recipe: Recipe) -> PartyData:
         spec = recipe.data
@@ -163,4 +207,8 @@ class Membership:
 
     def handle(self, arm: str, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
         """Carry out one brief."""
-        return self._sites[arm].handle(node, frame, home)
+        site = self._sites[arm]
+        if self.ranks is None or not site.system.inside:
+            return site.handle(node, frame, home)
+        job = json.dumps({"job": site.job.to_json(), "own": site.own})
+        return self.ranks.handle(arm, job, node, frame, home)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from mycel.collectives.layout import ranks_of
 from mycel.data.stream import stream_batches
 from mycel.data.tokens import Batch
 from mycel.errors import RecipeError
@@ -41,6 +42,7 @@ class Pretraining(System):
     """A system whose shared state is every weight of the model."""
 
     Knobs: ClassVar[type[Knobs]] = PretrainKnobs
+    inside = True
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -49,6 +51,8 @@ class Pretraining(System):
                 f"trainable.kind is {recipe.trainable.kind!r}, and the system {recipe.system!r} pre-trains every "
                 'weight: set trainable.kind = "full"'
             )
+        if ranks_of(recipe.layout) > 1 and not recipe.data.pack:
+            raise RecipeError("data.pack is false, and the ranks of an island need rows of one length: set it to true")
 
     def begin(self, world: World) -> State:
         """Start from random weights, the same for every system and island of a seed, or from the base's own."""
@@ -115,6 +119,8 @@ def train_on(
 
     ``rate`` gives the learning rate of the k-th step here, from 0.
     """
+    if party.leader is not None:
+        return _led(party, trainable, batches, rate, memory)
     training = party.recipe.training
     losses, tokens = [], 0
     with trainable.active():
@@ -135,8 +141,23 @@ def train_on(
     return TrainingResult(sum(losses) / max(len(losses), 1), len(losses), tokens), remembered
 
 
+def _led(
+    party: Party, trainable: Trainable, batches: Iterator[Batch], rate: Callable[[int], float], memory: Tensors
+) -> tuple[TrainingResult, Tensors]:
+    """``train_on`` by all ranks of the party's island."""
+    assert party.leader is not None
+    rows = [batch.input_ids for batch in batches]
+    rates = [rate(index) for index in range(len(rows))]
+    weights, memory, losses = party.leader.train(party.recipe, trainable.state(), memory, rows, rates)
+    trainable.load(weights)
+    tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in rows)
+    return TrainingResult(math.fsum(losses) / max(len(losses), 1), len(losses), tokens), memory
+
+
 def gradient_on(party: Party, trainable: Trainable, batches: Iterator[Batch]) -> tuple[Tensors, int, float]:
     """Sum over all target tokens of the loss's gradient, the number of tokens, and the mean loss."""
+    if party.leader is not None:
+        return party.leader.gradient(party.recipe, trainable.state(), [batch.input_ids for batch in batches])
     total, tokens, loss_sum = dict[str, torch.Tensor](), 0, 0.0
     with trainable.active():
         parameters = trainable.parameters()

@@ -19,6 +19,7 @@ from mycel.rounds.training import Correction, TrainingResult, make_optimizer, tr
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:
+    from mycel.collectives.leading import Leader
     from mycel.models.base import Base
     from mycel.models.trainable import Trainable
 
@@ -41,6 +42,8 @@ class Party:
         What stays at home between rounds; it has no path into a parcel.
     bind : callable
         Returns the trainable of a given rank over the base.
+    leader : Leader, optional
+        Of the island that trains this party's whole models; without one this process does.
     """
 
     node: int
@@ -50,6 +53,7 @@ class Party:
     examples: TokenTable
     bind: Callable[[int | None], Trainable]
     personal: Tensors = field(default_factory=dict)
+    leader: Leader | None = None
 
     @property
     def samples(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mycel.data.tokens import TokenStore
 from mycel.evaluate.metrics import Scores, held_out
@@ -26,6 +26,9 @@ from mycel.rounds.system import System, check_answer, group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
 from mycel.wire.parcel import Limits, Parcel, Tensors
+
+if TYPE_CHECKING:
+    from mycel.collectives.leading import Leader
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Site:
     bases: dict[str, Base] = field(default_factory=dict)
     stores: dict[str, TokenStore] = field(default_factory=dict)
     trainables: dict[tuple[str, str, int | None], Trainable] = field(default_factory=dict)
+    leader: Leader | None = None  # of the island whose rank 0 this process is
 
     @cached_property
     def system(self) -> System:
@@ -113,7 +117,7 @@ class Site:
         if node in self.sealing.liars:
             tokenise = partial(self.base.tokenizer.encode, add_special_tokens=False)
             examples = parse_threat(self.job.recipe.threat.attack).examples(table, tokenise)
-        return Party(node, version, self.job.recipe, self.base, examples, self.bind, dict(personal or {}))
+        return Party(node, version, self.job.recipe, self.base, examples, self.bind, dict(personal or {}), self.leader)
 
     def handle(self, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
         """Carry out one brief and return the answer's frame and the party's new home frame."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mycel.errors import ParcelError
+from mycel.collectives.layout import ranks_of
+from mycel.errors import ParcelError, RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
 from mycel.wire.parcel import Limits, Parcel, Tensors
@@ -166,6 +167,8 @@ class System:
         Why error feedback is unsound here; empty where it is sound.
     ahead : bool
         Whether a node answers with what it made after the brief before and works on while that travels.
+    inside : bool
+        Whether a party may be an island, whose ranks train its model together (``[layout]``).
     """
 
     Knobs: ClassVar[type[Knobs]] = Knobs
@@ -176,6 +179,7 @@ class System:
     needs: ClassVar[Literal["sum", "individuals"]] = "individuals"
     feedback: ClassVar[str] = ""
     ahead: ClassVar[bool] = False
+    inside: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -188,6 +192,11 @@ class System:
             self.knobs: Any = self.Knobs.model_validate(recipe.knobs)
         except ValidationError as error:
             raise explain(error, self.Knobs, where=f"knobs of the system {recipe.system!r}") from error
+        if ranks_of(recipe.layout) > 1 and not self.inside:
+            raise RecipeError(
+                f"layout makes {ranks_of(recipe.layout)} ranks of each party, and the system {recipe.system!r} works "
+                "in one process: take [layout] out, or choose a system that pre-trains every weight"
+            )
 
     def bases(self) -> tuple[str, ...]:
         """Which bases does the coordinator need besides the recipe's? They are made or fetched before the run."""

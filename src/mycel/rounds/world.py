@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mycel.collectives.layout import check_layout, ranks_of
 from mycel.errors import RecipeError
 from mycel.fleet.cost import forward_flops, training_flops
 from mycel.fleet.device import Device, Fleet
@@ -58,6 +59,10 @@ class World:
     def prepare(self) -> None:
         """Bind the trainable of every rank now: binding changes the model, which arms on other threads share."""
         self._check_objective()
+        recipe = self.recipe
+        if ranks_of(recipe.layout) > 1:
+            config, rows = self.base.model.config, recipe.training.batch_size
+            check_layout(recipe.layout, ranks_of(recipe.layout), config, rows, recipe.data.max_length)
         self.sizes = {rank: self.trainable(rank).size() for rank in {node.rank for node in self.nodes}}
         self.trainable()
 

@@ -32,11 +32,6 @@ from mycel.run.log import EventLog
 TRAINED = ("synchronous",)  # systems whose steps the ranks of one island can take
 
 
-def under_torchrun() -> bool:
-    """Whether this process is a rank that ``torchrun`` started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def launch(recipe: Recipe, words: list[str], ranks: int) -> int:
     """Check the layout, then start ``ranks`` processes of this command line on this machine; return the exit status."""
     check_island(recipe, ranks)

@@ -35,6 +35,9 @@ class Echo:
         visits = int(home or b"0") + 1
         return b"%d:%d:%s" % (node, visits, frame), b"%d" % visits
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 def check_engine(make_engine: Callable[[], Engine], run: Program = run_virtual) -> None:
     """Hold an engine to its contract; raise ``AssertionError`` with the law it breaks.
