@@ -117,11 +117,13 @@ def test_guessing_changes_no_greedy_token(kind: str, memory: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_edge_drafts_reproduce_the_far_model(temperature: float) -> None:
     sampling = Sampling(temperature, seed=5)
-    far = Verifier(Whole(made("Llama", seed=1)), sampling)
-    edge = EdgeDraft(DraftModel(Whole(made("Llama", seed=1)), VOCABULARY), far.answer, sampling)
+    far = Verifier(Engine(Whole(made("Llama", seed=1)), limits=Limits(page=4)))
+    edge = EdgeDraft(DraftModel(Whole(made("Llama", seed=1)), VOCABULARY), far.answer, sampling, VOCABULARY)
     found = edge.generate(PROMPTS[1], 20)
     assert len(found) == 20
-    assert edge.exchanges == far.steps < 8, "guesses of the same model were refused"
+    assert edge.exchanges == far.engine.counts.steps < 8, "guesses of the same model were refused"
+    assert far.engine.counts.shared > 20, "what was computed before was not found among the pages"
+    assert far.engine.pool.held == far.engine.waiting == 0
     if temperature == 0:
         assert found == plain(made("Llama", seed=1), [PROMPTS[1]], 20)[0]
 
@@ -133,7 +135,7 @@ def test_a_verifier_survives_any_frame(frame: bytes) -> None:
         FAR.answer(frame)
 
 
-FAR = Verifier(Whole(made("Llama", seed=1)), Sampling())
+FAR = Verifier(Engine(Whole(made("Llama", seed=1))))
 
 
 NO_IDS = [torch.tensor([-1]), torch.tensor([VOCABULARY]), torch.tensor([0.5]), torch.ones(2, 2)]
@@ -141,7 +143,8 @@ NO_IDS = [torch.tensor([-1]), torch.tensor([VOCABULARY]), torch.tensor([0.5]), t
 
 @pytest.mark.parametrize("tokens", NO_IDS)
 def test_a_verifier_refuses_ids_that_are_none(tokens: Tensor) -> None:
-    frame = Parcel("guesses", {}, {"told": tokens, "guessed": torch.tensor([1])}).to_bytes()
+    header = {"model": "", "temperature": 0, "top_p": 1, "top_k": 0, "seed": None}
+    frame = Parcel("guesses", header, {"tokens": tokens, "guessed": torch.tensor([1])}).to_bytes()
     with pytest.raises(ParcelError):
         FAR.answer(frame)
 

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mycel.cli.serve import named_folders, need
+from mycel.errors import GenerationError
 
 if TYPE_CHECKING:
     from mycel.door.schema import Message
     from mycel.generation.served import Served
 
 
-def chat_command(model: str, adapters: list[str], temperature: float, most: int) -> None:
+def chat_command(
+    model: str, adapters: list[str], temperature: float, most: int, speculate: str = "", remote: str = ""
+) -> None:
     """Talk until an empty line or the end of input."""
-    need("starlette", extra="serve")
+    need("starlette", "httpx", extra="serve")
+    if remote and (adapters or speculate):
+        raise GenerationError("--remote drafts here with MODEL alone: leave --adapter and --speculate out")
     named = named_folders(adapters)
     messages = Console(stderr=True)
     with messages.status("loading libraries") as status:
+        from mycel.door.guessing import drafter_of, open_edge
         from mycel.generation.served import find_model, open_served
 
-        found = find_model(model, named, lambda phase, done, total: status.update(f"{phase} {done}/{total}"))
-        served = open_served(found)
-    adapter = next(iter(found.adapters), "")
+        def progress(phase: str, done: int, total: int) -> None:
+            status.update(f"{phase} {done}/{total}")
+
+        if remote:
+            served = open_edge(model, remote, os.environ.get("MYCEL_REMOTE_KEY", ""), 1, progress=progress)
+        else:
+            served = open_served(find_model(model, named, progress), drafter=drafter_of(speculate, progress))
+    adapter = next(iter(served.adapters), "")
     messages.print(f"[bold]{served.name}{':' + adapter if adapter else ''}[/bold]  (an empty line ends)")
     try:
         asyncio.run(_talk(served, f"{served.name}:{adapter}" if adapter else served.name, temperature, most, messages))

@@ -23,16 +23,26 @@ class Place(NamedTuple):
     keys: list[str]
 
 
+class Engine(NamedTuple):
+    """How tokens are made: by which engine, over what, and who guesses ahead."""
+
+    name: str
+    remote: str = ""
+    swarm: str = ""
+    weights: str = "auto"
+    ranks: str = ""
+    speculate: str = ""
+    guesses: int = 4
+
+
 def serve_command(
     model: str,
     place: Place,
-    engine: str,
+    engine: Engine,
     adapters: list[str],
     shelf: Path | None,
     memory: str,
     most: int,
-    remote: str,
-    swarm: str,
     log: Path | None = None,
 ) -> None:
     """Open the model and serve it until interrupted."""
@@ -41,27 +51,35 @@ def serve_command(
     named = named_folders(adapters)
     size = size_in_bytes("--memory", memory)
     messages = Console(stderr=True)
-    if engine == "vllm":
+    remote_key = os.environ.get("MYCEL_REMOTE_KEY", "")
+    if engine.name == "vllm":
         from mycel.door.remote import serve_remote
 
-        key = os.environ.get("MYCEL_REMOTE_KEY", "")
-        told = lambda address: messages.print(f"{remote} at {address}/v1")  # noqa: E731
-        serve_remote(remote, place.host, place.port, keys, key, told)
+        told = lambda address: messages.print(f"{engine.remote} at {address}/v1")  # noqa: E731
+        serve_remote(engine.remote, place.host, place.port, keys, remote_key, told)
         return
     with messages.status("loading libraries") as status:
+        from mycel.door.guessing import drafter_of, open_edge
         from mycel.door.run import serve
         from mycel.generation.backends import Setup, open_engine
 
         def progress(phase: str, done: int, total: int) -> None:
             status.update(f"{phase} {done}/{total}")
 
-        if swarm:
-            from mycel.door.swarm import open_swarm
-
-            served = open_swarm(swarm, model, most, progress)
+        if engine.name == "edge":
+            served = open_edge(model, engine.remote, remote_key, most, engine.guesses, progress)
         else:
-            served = open_engine(engine, Setup(model, named, shelf, size, most), progress)
+            drafter = drafter_of(engine.speculate, progress)
+            if engine.swarm:
+                from mycel.door.swarm import open_swarm
+
+                served = open_swarm(engine.swarm, model, most, progress, drafter, engine.guesses)
+            else:
+                how = (engine.weights, engine.ranks, drafter, engine.guesses)
+                served = open_engine(engine.name, Setup(model, named, shelf, size, most, *how), progress)
     names = ", ".join(served.names())
+    if served.shares:
+        names += f" over {len(served.shares)} ranks with {':'.join(f'{heads:g}' for heads in served.shares)} heads,"
     serve(served, place.host, place.port, keys, lambda address: messages.print(f"{names} at {address}/v1"), log)
 
 

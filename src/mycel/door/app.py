@@ -6,6 +6,7 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,12 +15,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mycel.door.answers import Writer
+from mycel.door.guessing import ROUTE, fingerprint
 from mycel.door.journal import Journal
 from mycel.door.metrics import Metrics
 from mycel.door.schema import MOST_BODY, ChatBody, CompletionBody, Refused, parse
 from mycel.door.work import Work, chat_work, completion_work
-from mycel.errors import BusyError, GenerationError, MycelError, UnknownModel
+from mycel.errors import BusyError, GenerationError, MycelError, ParcelError, UnknownModel
+from mycel.generation.request import Spans
 from mycel.generation.served import Served
+from mycel.serve.edge_draft import read_question
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -41,12 +46,15 @@ class Door:
         self.served = served
         self.metrics = Metrics(served.backend, journal)
         self.started = int(time.time())
+        self._tokenizer = fingerprint(served.tokenizer)
+        self._silent = Writer(False, served.name, served.tokenizer, False, 0)
         self._keys = [key.encode() for key in keys]
         routes = [
             Route("/v1/models", self._guarded("models", self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded("model", self._model), methods=["GET"]),
             Route("/v1/completions", self._guarded("completions", self._completions), methods=["POST"]),
             Route("/v1/chat/completions", self._guarded("chat", self._chat), methods=["POST"]),
+            Route(ROUTE, self._guarded("speculation", self._verify), methods=["POST"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
@@ -87,21 +95,37 @@ class Door:
             raise Refused(401, "this server needs a key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
     async def _completions(self, http: HttpRequest) -> Response:
+        spans = Spans()
         body = parse(CompletionBody, await read_body(http))
         adapter = await self.served.adapter_of(body.model)
-        return await self._serve(http, completion_work(self.served, body, adapter), body)
+        spans.parsed = time.monotonic()
+        return await self._serve(http, completion_work(self.served, body, adapter, spans), body)
 
     async def _chat(self, http: HttpRequest) -> Response:
+        spans = Spans()
         body = parse(ChatBody, await read_body(http))
         adapter = await self.served.adapter_of(body.model)
-        return await self._serve(http, chat_work(self.served, body, adapter), body)
+        spans.parsed = time.monotonic()
+        return await self._serve(http, chat_work(self.served, body, adapter, spans), body)
+
+    async def _verify(self, http: HttpRequest) -> Response:
+        """Say which of an edge's guesses stand."""
+        spans = Spans()
+        try:
+            model, request = read_question(await read_body(http), self.served.backend.vocabulary)
+        except ParcelError as error:
+            raise Refused(400, str(error)[:300]) from error
+        adapter = await self.served.adapter_of(model)
+        spans.parsed = time.monotonic()
+        work = Work(self.served, [(replace(request, adapter=adapter), "")], self._silent, spans)
+        return Response(await work.verdict(http, self.metrics), media_type="application/octet-stream")
 
     async def _serve(self, http: HttpRequest, work: Work, body: CompletionBody | ChatBody) -> Response:
         work.check()
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return await work.streamed(http, self.metrics, usage)
-        return JSONResponse(await work.whole(http, self.metrics))
+        return Response(await work.whole(http, self.metrics), media_type="application/json")
 
     async def _models(self, http: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._about(name) for name in self.served.names()]})
@@ -114,7 +138,8 @@ class Door:
 
     def _about(self, name: str) -> dict[str, Any]:
         parent = self.served.name if name != self.served.name else None
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "mycel", "parent": parent}
+        about = {"id": name, "object": "model", "created": self.started, "owned_by": "mycel", "parent": parent}
+        return {**about, "max_model_len": self.served.backend.context, "tokenizer": self._tokenizer}
 
     async def _health(self, http: HttpRequest) -> Response:
         return JSONResponse({"status": "ok", "model": self.served.name})

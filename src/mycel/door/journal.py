@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TextIO
 
 from mycel.errors import RunError
-from mycel.generation.streaming import Spans
+from mycel.generation.request import Spans
 
-JOURNAL = "requests.jsonl"
+JOURNAL, OLDER = "requests.jsonl", "requests.1.jsonl"
+MOST_BYTES = 64 << 20
 
 
 class Journal:
@@ -21,12 +22,15 @@ class Journal:
     ----------
     folder : Path
         Made when missing; the journal goes on where one is there.
+    most : int
+        Bytes after which a new file is begun; the one before it is kept, older ones are not.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int = MOST_BYTES) -> None:
+        self._path, self._most = folder / JOURNAL, most
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = (folder / JOURNAL).open("a", encoding="utf-8", buffering=1)
+            self._open()
         except OSError as error:
             raise RunError(
                 f"the journal in {folder} cannot be written ({error.strerror}): choose another --log"
@@ -35,8 +39,9 @@ class Journal:
         # Spans are on the monotonic clock; the report shows the time of day.
         self._offset = time.time() - time.monotonic()
 
-    def note(self, arrived: float, prompt: int, spans: Spans, whole: bool) -> None:
+    def note(self, prompt: int, spans: Spans, whole: bool) -> None:
         """Write one request: moments in seconds, tokens of prompt and answer, whether the client stayed."""
+        arrived = spans.arrived
         line = {
             "arrived": round(arrived + self._offset, 6),
             "first": round(spans.first - arrived, 6) if spans.first else None,
@@ -44,9 +49,27 @@ class Journal:
             "prompt": prompt,
             "generated": spans.tokens,
             "whole": whole,
+            "spans": {name: round(seconds, 6) for name, seconds in spans.shares().items()},
         }
+        self._write(line)
+
+    def event(self, kind: str, **facts: object) -> None:
+        """Write that something happened: who holds what, what was lost, what failed."""
+        self._write({"at": round(time.time(), 6), "event": kind, **facts})
+
+    def _write(self, line: dict[str, object]) -> None:
         with self._lock:
-            self._file.write(json.dumps(line) + "\n")
+            if self._file.closed:
+                return
+            self._size += self._file.write(json.dumps(line) + "\n")
+            if self._size > self._most:
+                self._file.close()
+                self._path.replace(self._path.with_name(OLDER))
+                self._open()
+
+    def _open(self) -> None:
+        self._file: TextIO = self._path.open("a", encoding="utf-8", buffering=1)
+        self._size = self._path.stat().st_size
 
     def close(self) -> None:
         """Write no more."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mycel.door.journal import Journal
+from mycel.generation.request import Spans
 from mycel.generation.service import Service
-from mycel.generation.streaming import Spans
 
+FINE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -40,6 +41,13 @@ class Metrics:
         self._whole = Histogram(
             "mycel_request_seconds", "From arrival to the last token", buckets=SECONDS, registry=registry
         )
+        self._spans = Histogram(
+            "mycel_span_seconds",
+            "Parts of a request's way from the door to the engine and back",
+            ["span"],
+            buckets=FINE,
+            registry=registry,
+        )
         if isinstance(backend, Service):
             self._watch(backend)
 
@@ -51,10 +59,13 @@ class Metrics:
         """Count a client that went away."""
         self._cancelled.inc()
 
-    def finished(self, arrived: float, prompt: int, spans: Spans, whole: bool) -> None:
-        """Take note of one choice: seconds on the monotonic clock, tokens of its prompt, whether it was all read."""
+    def finished(self, prompt: int, spans: Spans, whole: bool) -> None:
+        """Take note of one choice: where its time went, tokens of its prompt, whether it was all read."""
+        arrived = spans.arrived
         if self.journal is not None:
-            self.journal.note(arrived, prompt, spans, whole)
+            self.journal.note(prompt, spans, whole)
+        for name, seconds in spans.shares().items():
+            self._spans.labels(name).observe(seconds)
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("generated").inc(spans.tokens)
         if spans.first:

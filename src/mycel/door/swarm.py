@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mycel.generation.engine import Engine, Limits
 from mycel.generation.executor import Executor
 from mycel.generation.served import Served
 from mycel.generation.service import Service
+from mycel.generation.speculation import Drafter
 from mycel.models.base import Progress, find_base
 from mycel.segments.client import SwarmModel
 from mycel.segments.door import join_model
@@ -62,7 +64,14 @@ class Hall:
         self.loop.close()
 
 
-def open_swarm(swarm: str, model: str, most: int, progress: Progress | None = None) -> Served:
+def open_swarm(
+    swarm: str,
+    model: str,
+    most: int,
+    progress: Progress | None = None,
+    drafter: Callable[[int], Drafter] | None = None,
+    guesses: int = 4,
+) -> Served:
     """Serve a model that the peers of a swarm hold.
 
     Parameters
@@ -75,10 +84,16 @@ def open_swarm(swarm: str, model: str, most: int, progress: Progress | None = No
         Largest number of unfinished requests.
     progress : callable, optional
         Told while a built-in size is trained.
+    drafter : callable, optional
+        Given the vocabulary, returns what guesses tokens ahead.
+    guesses : int
+        Most tokens guessed ahead.
     """
     folder = find_base(model, progress)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     hall = Hall(swarm, model)
     executor: Executor = Pipeline(hall.model, hall.loop)
-    service = SwarmService(Engine(executor, tokenizer, Limits(share=False)), most, hall)
+    guessing = drafter(executor.vocabulary) if drafter is not None else None
+    limits = Limits(share=False, guesses=guesses)
+    service = SwarmService(Engine(executor, tokenizer, limits, drafter=guessing), most, hall)
     return Served(Path(model).name, tokenizer, service)

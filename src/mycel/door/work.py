@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -17,9 +18,9 @@ from mycel.door.answers import Choice, Writer
 from mycel.door.chat import chat_prompt
 from mycel.door.metrics import Metrics
 from mycel.door.schema import ChatBody, CompletionBody, Refused
-from mycel.generation.request import Request, Token
+from mycel.generation.request import Request, Spans, Token
 from mycel.generation.served import Served
-from mycel.generation.streaming import Spans
+from mycel.serve.edge_draft import verdict
 
 Result = TypeVar("Result")
 
@@ -35,31 +36,49 @@ class Work:
         One for each choice, and the text to echo before it.
     writer : Writer
         Forms the answer.
+    spans : Spans
+        What is known of the request's way so far.
     """
 
-    def __init__(self, served: Served, requests: list[tuple[Request, str]], writer: Writer) -> None:
+    def __init__(self, served: Served, requests: list[tuple[Request, str]], writer: Writer, spans: Spans) -> None:
         self.served, self.writer = served, writer
+        spans = replace(spans, tokenised=time.monotonic())
+        self.spans = [replace(spans) for _ in requests]
         self.requests = [request for request, _ in requests]
         self.choices = [Choice(index, echo) for index, (_, echo) in enumerate(requests)]
-        self.arrived = time.monotonic()
+        self.streams = False
+        self._noted: set[int] = set()
 
     def check(self) -> None:
         """Refuse at once what cannot be answered."""
         for request in self.requests:
             request.check(self.served.backend.vocabulary, self.served.backend.context)
 
-    async def whole(self, http: HttpRequest, metrics: Metrics) -> dict[str, Any]:
-        """Return the finished answer.
+    async def whole(self, http: HttpRequest, metrics: Metrics) -> bytes:
+        """Return the finished answer, as JSON.
 
         Raises
         ------
         ClientDisconnect
             When the client has gone; what was under way is cancelled.
         """
-        return self.writer.whole(await _unless_gone(http, self._gather(metrics)))
+        try:
+            return _json(self.writer.whole(await _unless_gone(http, self._gather(metrics))))
+        finally:
+            for index in range(len(self.requests)):
+                self._note(index, metrics)
+
+    async def verdict(self, http: HttpRequest, metrics: Metrics) -> bytes:
+        """Return which tokens of the request's guess stand, as a parcel."""
+        try:
+            choices = await _unless_gone(http, self._gather(metrics))
+            return verdict([token.id for token in choices[0].tokens])
+        finally:
+            self._note(0, metrics)
 
     async def streamed(self, http: HttpRequest, metrics: Metrics, usage: bool) -> Response:
         """Return a response that sends tokens as they come; the first is awaited, so that a refusal has its status."""
+        self.streams = True
         pieces = self._pieces(metrics)
         try:
             first = await _unless_gone(http, anext(pieces))
@@ -123,21 +142,27 @@ class Work:
             arrived.put_nowait(None)
 
     async def _tokens(self, index: int, metrics: Metrics) -> AsyncGenerator[Token]:
-        spans, ended = Spans(), False
-        request = self.requests[index]
         try:
-            async with aclosing(self.served.backend.stream(request, spans)) as tokens:
+            async with aclosing(self.served.backend.stream(self.requests[index], self.spans[index])) as tokens:
                 async for token in tokens:
                     self.choices[index].take(token)
-                    ended = token.reason is not None
                     yield token
         finally:
-            metrics.finished(self.arrived, len(request.prompt), spans, ended)
-            if spans.tokens and not ended:
-                metrics.left()
+            if self.streams:  # its last token is with the socket; a whole answer is still to be formed
+                self._note(index, metrics)
+
+    def _note(self, index: int, metrics: Metrics) -> None:
+        if index in self._noted:
+            return
+        self._noted.add(index)
+        spans, ended = self.spans[index], self.choices[index].reason is not None
+        spans.sent = time.monotonic()
+        metrics.finished(len(self.requests[index].prompt), spans, ended)
+        if spans.tokens and not ended:
+            metrics.left()
 
 
-def completion_work(served: Served, body: CompletionBody, adapter: str) -> Work:
+def completion_work(served: Served, body: CompletionBody, adapter: str, spans: Spans) -> Work:
     """Make work of a completion's body."""
     logprobs = -1 if body.logprobs is None else body.logprobs
     if body.echo and logprobs >= 0:
@@ -152,10 +177,10 @@ def completion_work(served: Served, body: CompletionBody, adapter: str) -> Work:
             sampling = body.drawing(choice, logprobs)
             request = Request(tuple(ids), body.max_tokens or 16, sampling, body.stops(), _ends(served, body), adapter)
             requests.append((request, (text or served.tokenizer.decode(ids)) if body.echo else ""))
-    return Work(served, requests, Writer(False, body.model, served.tokenizer, logprobs >= 0, asked))
+    return Work(served, requests, Writer(False, body.model, served.tokenizer, logprobs >= 0, asked), spans)
 
 
-def chat_work(served: Served, body: ChatBody, adapter: str) -> Work:
+def chat_work(served: Served, body: ChatBody, adapter: str, spans: Spans) -> Work:
     """Make work of a chat's body."""
     ids, ends = chat_prompt(served.tokenizer, body.messages)
     # Without a limit the answer may fill the context.
@@ -165,7 +190,7 @@ def chat_work(served: Served, body: ChatBody, adapter: str) -> Work:
     for choice in range(body.n):
         sampling = body.drawing(choice, logprobs)
         requests.append((Request(tuple(ids), most, sampling, body.stops() + ends, _ends(served, body), adapter), ""))
-    return Work(served, requests, Writer(True, body.model, served.tokenizer, logprobs >= 0, len(ids)))
+    return Work(served, requests, Writer(True, body.model, served.tokenizer, logprobs >= 0, len(ids)), spans)
 
 
 def _tokens(served: Served, text: str) -> list[int]:
@@ -200,4 +225,8 @@ async def _gone(http: HttpRequest) -> None:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(content) + b"\n\n"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()

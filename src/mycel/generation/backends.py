@@ -9,6 +9,9 @@ from pathlib import Path
 from mycel.errors import GenerationError
 from mycel.generation.engine import Limits
 from mycel.generation.served import Found, Served, find_model, open_served
+from mycel.generation.sharing import shares_of
+from mycel.generation.speculation import Drafter
+from mycel.generation.weights import open_executor
 from mycel.models.base import Progress
 
 
@@ -28,8 +31,14 @@ class Setup:
         Bytes of keys and values.
     most : int
         Largest number of unfinished requests.
-    remote : str
-        Address of a remote server.
+    weights : str
+        Where the weights are (``weights.open_executor``).
+    ranks : str
+        Number of ranks inside every block, or their shares such as ``3:1``; empty: the whole model in this process.
+    drafter : callable or None
+        Given the vocabulary, returns what guesses tokens ahead.
+    guesses : int
+        Most tokens guessed ahead.
     """
 
     model: str
@@ -37,7 +46,10 @@ class Setup:
     shelf: Path | None
     memory: int
     most: int
-    remote: str = ""
+    weights: str = "auto"
+    ranks: str = ""
+    drafter: Callable[[int], Drafter] | None = None
+    guesses: int = 4
 
 
 def open_engine(engine: str, setup: Setup, progress: Progress | None = None) -> Served:
@@ -57,7 +69,14 @@ def open_engine(engine: str, setup: Setup, progress: Progress | None = None) -> 
 
 def _own(setup: Setup, progress: Progress | None) -> Served:
     found = find_model(setup.model, setup.adapters, progress)
-    return open_served(found, Limits(memory=setup.memory), most=setup.most, shelf=setup.shelf)
+    if setup.ranks and (found.adapters or setup.shelf is not None):
+        raise GenerationError("adapters are not shared out over ranks: leave them or --tensor-parallel out")
+    shares = shares_of(setup.ranks, found.base)
+    executor = open_executor(found.base, setup.weights, shares)
+    limits = Limits(memory=setup.memory, guesses=setup.guesses)
+    served = open_served(found, limits, None, setup.drafter, setup.most, setup.shelf, executor)
+    served.shares = shares
+    return served
 
 
 def _ctranslate2(setup: Setup, progress: Progress | None) -> Served:
@@ -73,6 +92,11 @@ def _llama_cpp(setup: Setup, progress: Progress | None) -> Served:
 
 
 def _bare(setup: Setup, progress: Progress | None) -> Found:
+    if setup.ranks or setup.drafter is not None or setup.weights != "auto":
+        raise GenerationError(
+            "this engine has weights, ranks and guesses of its own: leave --weights, --tensor-parallel and --speculate"
+            " out, or use --engine mycel"
+        )
     if setup.adapters or setup.shelf is not None:
         raise GenerationError("this engine serves bases alone: leave --adapter out, or use --engine mycel")
     found = find_model(setup.model, {}, progress)

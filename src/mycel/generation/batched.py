@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerFast
 
 from mycel.errors import GenerationError
-from mycel.generation.request import Reason, Request, Token
+from mycel.generation.request import Reason, Request, Spans, Token
 from mycel.generation.sequence import Listener
 from mycel.generation.streaming import Streamer
 from mycel.generation.text import Reader
@@ -93,9 +93,11 @@ class Batched(Streamer):
         super().check(request)
         if request.sampling.frequency_penalty or request.sampling.presence_penalty or request.sampling.logprobs >= 0:
             raise GenerationError("this engine knows no penalties and reports no logprobs: use --engine mycel")
+        if request.guess is not None:
+            raise GenerationError("this engine verifies no guesses: use --engine mycel")
         self.alike(request)
 
-    async def begin(self, request: Request, listener: Listener) -> Ticket:
+    async def begin(self, request: Request, listener: Listener, spans: Spans) -> Ticket:
         """Put a request into the queue."""
         ticket = Ticket(request, listener, Reader(self.tokenizer, request.stop))
         self._queue.append(ticket)

@@ -19,7 +19,7 @@ from mycel.errors import GenerationError
 from mycel.generation.aside import Aside
 from mycel.generation.executor import Executor, Piece
 from mycel.generation.pages import PagePool
-from mycel.generation.request import Request
+from mycel.generation.request import Request, Spans
 from mycel.generation.scheduler import FirstComeFirstServed, Policy, View
 from mycel.generation.sequence import Listener, Sequence
 from mycel.generation.speculation import Drafter, Proposal, verify
@@ -123,11 +123,13 @@ class Engine:
         """Refuse a request that can never be answered."""
         request.check(self.executor.vocabulary, self.context)
 
-    def submit(self, request: Request, listener: Listener) -> int:
-        """Take a request; ``listener`` is called with each token. Returns the request's identity."""
+    def submit(self, request: Request, listener: Listener, spans: Spans | None = None) -> int:
+        """Take a request; ``listener`` is called with each token, ``spans`` told of moments. Returns its identity."""
         self.check(request)
         self._next += 1
-        self._active[self._next] = Sequence.begin(self._next, request, self.clock(), listener, self.tokenizer)
+        sequence = Sequence.begin(self._next, request, self.clock(), listener, self.tokenizer)
+        sequence.spans = spans or sequence.spans
+        self._active[self._next] = sequence
         return self._next
 
     def cancel(self, identity: int) -> None:
@@ -138,10 +140,11 @@ class Engine:
             self._leave(sequence)
 
     def fail_all(self) -> None:
-        """End every request with an error and give back what they hold."""
+        """End every request with an error and give back what they hold; what failed may have spoilt any page."""
         for sequence in list(self._active.values()):
             sequence.end("error")
             self._leave(sequence)
+        self.pool.unshare()
 
     def step(self) -> bool:
         """Compute one iteration; False when there is nothing to do."""
@@ -190,8 +193,11 @@ class Engine:
             self._release(sequence)
             return None
         sequence.place = "resident"
+        sequence.spans.begun = sequence.spans.begun or self.clock()
         proposal = Proposal(())
-        if self.drafter is not None and sequence.left == count == 1:
+        if sequence.request.guess is not None and sequence.left == count:
+            proposal = sequence.request.guess.first(min(sequence.room - 1, room - count))
+        elif self.drafter is not None and sequence.left == count == 1:
             most = min(self.limits.guesses, sequence.room - 1, room - 1)
             if most > 0:
                 proposal = self.drafter.propose(sequence.id, sequence.tokens, most, sequence.sampler)
@@ -241,6 +247,8 @@ class Engine:
             sequence.accept(token, *sequence.sampler.report(logits[index], token))
             if sequence.ended:
                 return
+        if sequence.request.guess is not None:
+            sequence.end("length")
 
     def _set_aside(self, sequence: Sequence) -> None:
         self.counts.set_aside += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,13 +89,15 @@ class Whole:
         A decoder in evaluation mode; from here on it computes for this executor alone.
     pack : bool
         Whether a second copy of the weights is laid out for batches.
+    release : callable, optional
+        Called when the executor is closed.
     """
 
-    def __init__(self, model: PreTrainedModel, pack: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, pack: bool = True, release: Callable[[], None] = lambda: None) -> None:
         config = model.config
         if config.is_encoder_decoder:
             raise ModelError(f"{config.model_type!r} is an encoder-decoder: only decoders are served")
-        self.model = model
+        self.model, self.release = model, release
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "seq_length", 0) or 2048)
         self.memory: Memory | None = None
@@ -125,6 +127,7 @@ class Whole:
     def close(self) -> None:
         """Let the pages go."""
         self.memory = None
+        self.release()
 
     def _together(self, pieces: Sequence[Piece], memory: Memory) -> Tensor:
         order = sorted(range(len(pieces)), key=lambda index: pieces[index].adapter)
@@ -146,7 +149,7 @@ class Whole:
             input_ids=torch.tensor([[token for piece in placed for token in piece.tokens]]),
             position_ids=torch.tensor([[p for s in spans for p in range(s.length - s.end + s.start, s.length)]]),
             # Already four-dimensional, so that no mask is built; the attention function does not look at it.
-            attention_mask=_ANY_MASK,
+            attention_mask=ANY_MASK,
             use_cache=False,
             paged=paged,
         )
@@ -215,7 +218,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-_ANY_MASK = torch.zeros(1, 1, 1, 1)
+ANY_MASK = torch.zeros(1, 1, 1, 1)
 
 
 def _joined(runs: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:

@@ -125,6 +125,13 @@ class PagePool:
             self._identities += 1
             self._identity[page] = self._identities
 
+    def unshare(self) -> None:
+        """Offer nothing any more of what was published so far."""
+        for page in list(self._key_of):
+            self._unpublish(page)
+        self._free += self._idle
+        self._idle.clear()
+
     def _chain(self, tokens: Sequence[int], adapter: str, index: int) -> int | None:
         before = -1
         for earlier in range(index):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 from mycel.errors import GenerationError
+
+if TYPE_CHECKING:
+    from mycel.generation.speculation import Proposal
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 MOST_LOGPROBS = 20
@@ -78,6 +83,9 @@ class Request:
         Token ids that end the continuation.
     adapter : str
         Name of a loaded adapter; empty: the base.
+    guess : Proposal or None
+        How somebody else thinks that the prompt goes on: what stands of it and one token more are returned, and no
+        more.
     """
 
     prompt: tuple[int, ...]
@@ -86,6 +94,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ends: frozenset[int] = frozenset()
     adapter: str = ""
+    guess: Proposal | None = None
 
     def check(self, vocabulary: int, context: int) -> None:
         """Refuse what no model of this vocabulary and context (in tokens) can answer.
@@ -135,6 +144,69 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     reason: Reason | None = None
+
+
+@dataclass
+class Spans:
+    """Where the time of one request went: moments on the monotonic clock in seconds, 0 where one is not known.
+
+    Attributes
+    ----------
+    arrived, parsed, tokenised : float
+        Its head was read; its body was read and checked; its prompt is tokens.
+    submitted, begun : float
+        Given to the engine; first computed.
+    made_first, made_last : float
+        The engine had the first token, the last token.
+    first, last : float
+        The door had them.
+    reading : float
+        Seconds between the first and the last moment in which tokens became text.
+    sent : float
+        Everything was handed to the socket.
+    tokens : int
+        Generated.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    parsed: float = 0.0
+    tokenised: float = 0.0
+    submitted: float = 0.0
+    begun: float = 0.0
+    made_first: float = 0.0
+    made_last: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    reading: float = 0.0
+    sent: float = 0.0
+    tokens: int = 0
+
+    def made(self, before: float, after: float) -> None:
+        """Take note of a token that the engine had at one moment and its text at another."""
+        if self.made_first:
+            self.reading += after - before
+        else:
+            self.made_first = after
+        self.made_last = after
+
+    def shares(self) -> dict[str, float]:
+        """Return the seconds of each part of the way; together they are all of it, from arrival to the last byte."""
+        if not self.made_last or not self.begun:  # an engine of others does not tell
+            moments = (self.arrived, self.parsed, self.tokenised, self.submitted, self.last, self.sent)
+            names: tuple[str, ...] = ("parse", "tokenise", "enter", "generate", "send")
+        else:
+            moments = (self.arrived, self.parsed, self.tokenised, self.submitted, self.begun)
+            moments = (*moments, self.made_first, self.made_last, self.sent)
+            names = ("parse", "tokenise", "enter", "queue", "prefill", "decode", "send")
+        if not all(moments):
+            return {}
+        lasted = (max(0.0, after - before) for before, after in pairwise(moments))
+        found = dict(zip(names, lasted, strict=True))
+        if "decode" in found:
+            # Text is made of tokens while others are decoded; only the first token's falls into prefill.
+            found["detokenise"] = min(self.reading, found["decode"])
+            found["decode"] -= found["detokenise"]
+        return found
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:

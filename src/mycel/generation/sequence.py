@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-from mycel.generation.request import Reason, Request, Token
+from mycel.generation.request import Reason, Request, Spans, Token
 from mycel.generation.sampling import Sampler
 from mycel.generation.scheduler import Job, Place
 from mycel.generation.text import Reader
@@ -44,6 +45,7 @@ class Sequence:
     aside: int = 0
     published: int = 0
     ended: Reason | None = None
+    spans: Spans = field(default_factory=Spans)
 
     @classmethod
     def begin(
@@ -74,6 +76,7 @@ class Sequence:
         self.tokens.append(token)
         self.sampler.note(token)
         ends = token in self.request.ends
+        made = time.monotonic()
         text = "" if self.reader is None or ends else self.reader.read(token)
         if ends or (self.reader is not None and self.reader.stopped):
             self.ended = "stop"
@@ -81,6 +84,7 @@ class Sequence:
             self.ended = "length"
         if self.ended and self.reader is not None:
             text += self.reader.finish()
+        self.spans.made(made, time.monotonic())
         self.listener(Token(token, text, logprob, top, self.ended))
 
     def end(self, reason: Reason) -> None:

@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from mycel.errors import ModelError, UnknownModel
 from mycel.generation.adapters import load_adapter
 from mycel.generation.engine import Engine, Limits
-from mycel.generation.executor import Whole
-from mycel.generation.request import Request, Token
+from mycel.generation.executor import Executor, Whole
+from mycel.generation.request import Request, Spans, Token
 from mycel.generation.scheduler import Policy
 from mycel.generation.service import Service
 from mycel.generation.speculation import Drafter
-from mycel.generation.streaming import Spans
+from mycel.generation.weights import open_executor
 from mycel.models.adapter import CONFIG, find_adapter
-from mycel.models.base import Progress, find_base, open_base
+from mycel.models.base import Progress, find_base
 from mycel.models.save import ADAPTER_FOLDER, BASE_FOLDER
 
 
@@ -59,6 +58,8 @@ class Served:
         Loads an adapter into the back end, on its thread; None: the back end takes none.
     more_ends : frozenset of int
         Token ids that end a text, beside the tokeniser's own.
+    shares : tuple of float
+        Heads of each rank, where the blocks are shared out inside.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Served:
     shelf: Path | None = None
     load: Callable[[str, Path], Any] | None = None
     more_ends: frozenset[int] = frozenset()
+    shares: tuple[float, ...] = ()
     _loaded: set[str] = field(default_factory=set)
     _loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -102,7 +104,9 @@ class Served:
         async with self._loading:
             if adapter not in self._loaded:
                 if self.load is None:
-                    raise UnknownModel(f"this engine serves {self.name!r} alone: adapters need --engine mycel")
+                    raise UnknownModel(
+                        f"this engine serves {self.name!r} alone: adapters need --engine mycel and the whole model"
+                    )
                 await self.load(adapter, self.adapters[adapter])
                 self._loaded.add(adapter)
         return adapter
@@ -154,40 +158,49 @@ def open_served(
     found: Found,
     limits: Limits | None = None,
     policy: Policy | None = None,
-    drafter: Drafter | None = None,
+    drafter: Callable[[int], Drafter] | None = None,
     most: int = 256,
     shelf: Path | None = None,
+    executor: Executor | None = None,
 ) -> Served:
-    """Open a model whole in this process and start its service.
+    """Open a model and start its service.
 
     Parameters
     ----------
     found : Found
         From ``find_model``.
-    limits, policy, drafter
+    limits, policy
         The engine's.
+    drafter : callable, optional
+        Given the vocabulary, returns what guesses tokens ahead.
     most : int
         Largest number of unfinished requests.
     shelf : Path, optional
         Folder in which adapters appear while the server runs.
+    executor : Executor, optional
+        Computes; by default the whole model in this process.
     """
-    base = open_base(found.base)
-    executor = Whole(base.model, pack=_room_to_pack(base.model.get_memory_footprint()))
-    service = Service(Engine(executor, base.tokenizer, limits, policy, drafter), most)
-    served = Served(found.name, base.tokenizer, service, dict(found.adapters), shelf, more_ends=_ends(base.model))
+    executor = executor or open_executor(found.base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.base, local_files_only=True)
+        guessing = drafter(executor.vocabulary) if drafter is not None else None
+        service = Service(Engine(executor, tokenizer, limits, policy, guessing), most)
+    except BaseException:
+        executor.close()
+        raise
+    served = Served(found.name, tokenizer, service, dict(found.adapters), shelf, more_ends=_ends(found.base))
+    if isinstance(executor, Whole):
+        model = executor.model
 
-    async def load(name: str, folder: Path) -> None:
-        await service.call(lambda: load_adapter(executor.model, name, folder))
+        async def load(name: str, folder: Path) -> None:
+            await service.call(lambda: load_adapter(model, name, folder))
 
-    served.load = load
+        served.load = load
     return served
 
 
-def _ends(model: PreTrainedModel) -> frozenset[int]:
-    given = getattr(model.generation_config, "eos_token_id", None)
+def _ends(folder: Path) -> frozenset[int]:
+    """Token ids that a model's generation settings name as ends."""
+    settings = GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
+    given = getattr(settings.from_pretrained(folder, local_files_only=True), "eos_token_id", None)
     return frozenset(given if isinstance(given, list) else [] if given is None else [given])
-
-
-def _room_to_pack(weights: int) -> bool:
-    """Whether a second copy of the weights leaves half of the free memory to others."""
-    return 2 * weights < int(psutil.virtual_memory().available) // 2

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from mycel.generation.engine import Engine
-from mycel.generation.request import Request
+from mycel.generation.request import Request, Spans
 from mycel.generation.sequence import Listener
 from mycel.generation.streaming import Streamer
 
@@ -35,9 +35,9 @@ class Service(Streamer):
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
-    async def begin(self, request: Request, listener: Listener) -> int:
+    async def begin(self, request: Request, listener: Listener, spans: Spans) -> int:
         """Give a request to the engine; return its identity there."""
-        identity: int = await self.call(lambda: self.engine.submit(request, listener))
+        identity: int = await self.call(lambda: self.engine.submit(request, listener, spans))
         return identity
 
     def abandon(self, started: int) -> None:

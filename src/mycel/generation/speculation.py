@@ -25,6 +25,11 @@ class Proposal:
     tokens: tuple[int, ...]
     probabilities: Tensor | None = None
 
+    def first(self, most: int) -> Proposal:
+        """Return the first guesses alone."""
+        rows = self.probabilities
+        return Proposal(self.tokens[: max(0, most)], None if rows is None else rows[: max(0, most)])
+
 
 class Drafter(Protocol):
     """Guesses how a sequence goes on."""

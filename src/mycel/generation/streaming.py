@@ -6,22 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from mycel.errors import BusyError, GenerationError
-from mycel.generation.request import Request, Token
+from mycel.generation.request import Request, Spans, Token
 from mycel.generation.sequence import Listener
-
-
-@dataclass
-class Spans:
-    """Moments of one request on the monotonic clock, in seconds: submitted, first token, last token."""
-
-    submitted: float = field(default_factory=time.monotonic)
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
 
 
 class Streamer:
@@ -46,7 +35,7 @@ class Streamer:
         """Refuse a request that can never be answered."""
         request.check(self.vocabulary, self.context)
 
-    async def begin(self, request: Request, listener: Listener) -> Any:
+    async def begin(self, request: Request, listener: Listener, spans: Spans) -> Any:
         """Start a request; return what ``abandon`` takes."""
         raise NotImplementedError
 
@@ -70,6 +59,7 @@ class Streamer:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Token] = asyncio.Queue()
         spans = spans or Spans()
+        spans.submitted = time.monotonic()
 
         def listener(token: Token) -> None:
             with suppress(RuntimeError):  # the loop may have closed while the last tokens came
@@ -77,7 +67,7 @@ class Streamer:
 
         self.unfinished += 1
         # A task of its own: a caller that leaves while it starts must still be able to stop it.
-        starting = asyncio.ensure_future(self.begin(request, listener))
+        starting = asyncio.ensure_future(self.begin(request, listener, spans))
         ended = False
         try:
             await asyncio.shield(starting)
