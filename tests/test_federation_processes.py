@@ -206,7 +206,7 @@ def slowed(process: subprocess.Popen[bytes], share: float) -> Iterator[None]:
 
 
 def test_the_run_goes_on_when_parties_are_killed_paused_or_slow(made: Village, tmp_path: Path) -> None:
-    going = go(made, tmp_path / "run", "rounds.count=8", "rounds.quorum=0.6", "rounds.patience=1")
+    going = go(made, tmp_path / "run", "rounds.count=6", "rounds.quorum=0.6", "rounds.patience=1")
     going.until(in_the_middle_of(2))
     made.parties["party-2"].kill()
     made.parties["party-2"].wait()
@@ -220,7 +220,7 @@ def test_the_run_goes_on_when_parties_are_killed_paused_or_slow(made: Village, t
         going.until(lambda events: rounds(events) >= before + 2)
     result = going.finish()
     events = going.events()
-    assert [event["round"] for event in events if event["event"] == "round"] == list(range(1, 9))
+    assert [event["round"] for event in events if event["event"] == "round"] == list(range(1, 7))
     answers = [(event["round"], event["node"]) for event in events if event["event"] == "answer"]
     assert len(answers) == len(set(answers))
     assert result["dropped"]["lost"] >= 2

@@ -3,10 +3,12 @@
 Flower's SuperLink serves everything on one port, its unguarded control interface too, and a node runs whatever app the
 SuperLink hands it. So the SuperLink listens on the loopback alone. Before it stands the coordinator's gate: a TLS
 listener that demands a certificate of the authority, lets nothing pass but a node's own requests under the very key of
-that certificate, once each, and no more bytes than one message holds. It also mends what Flower leaves open when a line
-is cut: a message whose delivery nobody confirmed is delivered again, and a node that died is taken off the list when
-its party comes back, not a minute later. On the other side, a party's nodes reach the
+that certificate, once each, and no more bytes than one message holds. On the other side, a party's nodes reach the
 world through the party's gate, which lets no app in but the relay that this version of Mycel installs.
+
+The coordinator's gate also mends what Flower leaves open when a line is cut: a message whose delivery nobody confirmed
+is delivered again, a part of an answer may come twice, and a node that died is taken off the list when its party comes
+back, not a minute later.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from mycel.wire.relay import Caller, Policy
 
 FLEET = "/v1/fleet/"
 POLL = "/v1/fleet/pull-messages"
+PUSH = f"{FLEET}push-object"
 CONFIRM = f"{FLEET}confirm-message-received"
 ACTIVATE, DEACTIVATE = f"{FLEET}activate-node", f"{FLEET}deactivate-node"
 APP = "/v1/fleet/get-fab"
@@ -44,6 +47,7 @@ PURPOSE = {
 REQUEST = 1 << 23  # bytes of one request: Flower cuts what it sends into pieces of 5 MiB
 BETWEEN = PART + PART // 4  # bytes that a party may send between two messages that it is given, repeats after cuts too
 REPEATS = 3  # deliveries of a message that is never confirmed
+REMEMBERED = 256  # parts of an answer whose storage is remembered; a message has some thirty
 TOLERANCE = 310.0  # seconds for which the SuperLink takes a signature
 
 
@@ -56,6 +60,7 @@ class Traffic:
     since: int = 0
     unconfirmed: Reply | None = None
     repeats: int = 0
+    stored: dict[bytes, Reply] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,6 +135,19 @@ class CoordinatorGate(Policy):
             return None
         return DEACTIVATE, b"\x08" + _varint(self.seats()[name])  # field 1: the node's number
 
+    def settles(self, head: Head) -> bool:
+        """Watch over parts of an answer: Flower gives the whole answer up when it is sent one for the second time."""
+        return head.path == PUSH
+
+    def settle(self, caller: Caller, digest: bytes, reply: Reply) -> Reply:
+        """Say of a part that was stored before that it is stored."""
+        stored = self.traffic.setdefault(self._who(caller)[0], Traffic()).stored
+        if reply.status == 200 and reply.body:
+            stored[digest] = reply
+            if len(stored) > REMEMBERED:
+                del stored[next(iter(stored))]
+        return reply if reply.body else stored.get(digest, reply)
+
     def kept(self, caller: Caller, head: Head) -> Reply | None:
         """Deliver a message again whose party asks for the next without a word on it: the line was cut."""
         traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
@@ -148,6 +166,7 @@ class CoordinatorGate(Policy):
         """Keep nothing of a SuperLink that has ended."""
         for traffic in self.traffic.values():
             traffic.unconfirmed = None
+            traffic.stored.clear()
 
     def passed(self, caller: Caller, head: Head, answered: int) -> None:
         """Count what crossed the socket, and give a party that was handed a message room for its answer."""
@@ -155,6 +174,7 @@ class CoordinatorGate(Policy):
         purpose = PURPOSE.get(head.path, "protocol")
         if head.path == POLL and answered:
             traffic.since, purpose = 0, "protocol"
+            traffic.stored.clear()
         first = caller.seen == (0, 0)
         for counts, crossed, body in zip(
             (traffic.received, traffic.sent), caller.traffic(), (head.length, answered), strict=True

@@ -9,6 +9,7 @@ which the policy wants to look into. Nothing more is asked for a caller that has
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ssl
 import struct
 from collections import Counter
@@ -73,6 +74,14 @@ class Policy:
         ``alone`` says that the caller has no other connection here.
         """
         return None
+
+    def settles(self, head: Head) -> bool:
+        """Return whether ``settle`` decides on the answer to a request that changes something."""
+        return False
+
+    def settle(self, caller: Caller, digest: bytes, reply: Reply) -> Reply:
+        """Return the answer to a request, known by the hash of its path and body; it may be made again after a cut."""
+        return reply
 
     def kept(self, caller: Caller, head: Head) -> Reply | None:
         """Return an answer that was given before and may not have arrived, or None."""
@@ -174,11 +183,15 @@ class Exchange:
         policy = self._relay.policy
         if not policy.holds(head) and not policy.inspects(head):
             far = await self._open()
+            digest = hashlib.sha256(head.path.encode())
             await far.send(towards(request))
             async for part in self._near.body():
+                digest.update(part)
                 await far.send(h11.Data(part))
             await far.send(h11.EndOfMessage())
-            return await self._pass_back(far)
+            if not policy.settles(head):
+                return await self._pass_back(far)
+            return await self._give(policy.settle(self._caller, digest.digest(), await self._whole(far)))
         asked = await self._near.whole(LOOKED_INTO)
         reply = policy.kept(self._caller, head) or await self._insist(request, head, asked)
         why = policy.object_to(head, reply.body) if policy.inspects(head) else ""
@@ -187,10 +200,7 @@ class Exchange:
             await self._near.answer(502, why.encode())
             raise EOFError(why)
         policy.answering(self._caller, head, reply)
-        await self._near.send(h11.Response(status_code=reply.status, headers=reply.headers))
-        await self._near.send(h11.Data(reply.body))
-        await self._near.send(h11.EndOfMessage())
-        return len(reply.body)
+        return await self._give(reply)
 
     async def _insist(self, request: h11.Request, head: Head, asked: bytes) -> Reply:
         """Ask the target: after what has to be asked first, and again while it has nothing to bring."""
@@ -215,10 +225,19 @@ class Exchange:
         await far.send(request)
         await far.send(h11.Data(body))
         await far.send(h11.EndOfMessage())
+        return await self._whole(far)
+
+    async def _whole(self, far: Side) -> Reply:
         response = await self._response(far)
         reply = Reply(response.status_code, response.headers, await far.whole(LOOKED_INTO))
-        self._settle(far)
+        self._ready(far)
         return reply
+
+    async def _give(self, reply: Reply) -> int:
+        await self._near.send(h11.Response(status_code=reply.status, headers=reply.headers))
+        await self._near.send(h11.Data(reply.body))
+        await self._near.send(h11.EndOfMessage())
+        return len(reply.body)
 
     async def _pass_back(self, far: Side) -> int:
         response = await self._response(far)
@@ -228,7 +247,7 @@ class Exchange:
             count += len(part)
             await self._near.send(h11.Data(part))
         await self._near.send(h11.EndOfMessage())
-        self._settle(far)
+        self._ready(far)
         return count
 
     async def _response(self, far: Side) -> h11.Response:
@@ -242,7 +261,7 @@ class Exchange:
         finally:
             waiting.cancel()
 
-    def _settle(self, far: Side) -> None:
+    def _ready(self, far: Side) -> None:
         """Make the target's connection ready for another request, or close it."""
         if far.connection.our_state is h11.DONE and far.connection.their_state is h11.DONE:
             far.connection.start_next_cycle()

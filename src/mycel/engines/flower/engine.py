@@ -21,6 +21,7 @@ from mycel.errors import EngineError
 from mycel.wire.shelf import Frame
 
 PART = 1 << 27  # bytes of a frame that travel in one message
+AGAIN = 10.0  # seconds after which a question outside of the rounds is asked for the second time
 
 
 @dataclass
@@ -84,10 +85,18 @@ class FlowerEngine:
         return self._tags
 
     async def question(self, address: int | None, control: Control) -> tuple[Control, bytes]:
-        """Ask something outside of the rounds: the party at ``address``, or the ServerApp itself."""
+        """Ask something outside of the rounds: the party at ``address``, or the ServerApp itself.
+
+        Nothing is known yet of how long an answer takes, so a question that was lost is found out by asking again,
+        after twice as long each time; nobody is given up.
+        """
         future: asyncio.Future[tuple[Control, bytes]] = self._loop.create_future()
-        self._questions[self._send(address, control)] = future
-        return await future
+        pause = AGAIN
+        while not future.done():
+            self._questions[self._send(address, control)] = future
+            await asyncio.wait([future], timeout=pause)
+            pause *= 2
+        return future.result()
 
     async def nodes(self) -> list[int]:
         """Flower's numbers of the nodes that are there now."""
@@ -130,8 +139,9 @@ class FlowerEngine:
     def _take(self, control: Control, frame: bytes) -> None:
         tag = int(control["tag"])
         if tag in self._questions:
-            if "gone" not in control:
-                self._questions.pop(tag).set_result((control, frame))
+            future = self._questions[tag] if "gone" in control else self._questions.pop(tag)
+            if "gone" not in control and not future.done():
+                future.set_result((control, frame))
             return
         errand = self._errands[tag]
         if "gone" in control:
