@@ -11,7 +11,7 @@ from mycel.engines.leaving import Leaving
 from mycel.errors import EngineError, RecipeError
 from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
-from mycel.rounds.hidden_sums import plain_sums
+from mycel.rounds.hidden_sums import beside_plain_sums, plain_sums
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation
@@ -47,6 +47,18 @@ def test_a_masked_run_ends_where_plain_fixed_point_sums_do(
     assert len(answered) == 2
     assert all(nodes == set(range(5)) - {node for node, kind in gone if kind != "guard.reveal"} for nodes in answered)
     assert finished.meter.total("up", purpose="guard") > 0
+
+
+def test_products_of_unlike_ranks_add_up_under_masks(lab: Laboratory) -> None:
+    """What FLoRA's stack comes to is a sum: to the bit, at ranks 1 to 4, with a party leaving at either end."""
+    changes = {"model.base": "micro", **MASKED, "trainable.rank": [1, 2, 4], "guard.sums": "sparsely-masked"}
+    gone = {(1, "work"), (3, "guard.reveal")}
+    finished, answered, equal = beside_plain_sums(
+        lab, Recipe(system="masked_flora").replace(changes), lambda node, kind, version: (node, kind) in gone
+    )
+    assert equal
+    assert answered == [{0, 2, 3, 4}] * 2
+    assert any(bool(delta.any()) for delta in finished.state.base.values())
 
 
 def test_a_round_that_cannot_be_opened_is_repeated_and_at_last_given_up(lab: Laboratory) -> None:
@@ -126,7 +138,8 @@ def test_parties_asked_less_often_spend_less(lab: Laboratory) -> None:
         ({"guard.sums": "masked", "wire.codec": "fixed(8,0.1)", "guard.filter": "median"}, ["hidden"]),
         ({"guard.sums": "masked", "wire.codec": "fixed(8,0.1)", "rounds.quorum": 0.5}, ["rounds.quorum"]),
         ({"guard.sums": "masked", "wire.codec": "fixed(8,0.1)", "trainable.rank": [2, 4]}, ["ranks"]),
-        ({"system": "flora_stacking", "guard.sums": "masked", "wire.codec": "fixed(8,0.1)"}, ["fedavg"]),
+        ({"system": "flora_stacking", "guard.sums": "masked", "wire.codec": "fixed(8,0.1)"}, ["masked_flora"]),
+        ({"system": "masked_flora"}, ["guard.sums", "flora_stacking"]),
         ({"system": "flora_stacking", "guard.filter": "median"}, ["multi_krum"]),
         ({"guard.filter": "fltrust"}, ["guard.root"]),
         ({"guard.private": "user", "guard.epsilon": 0.0, "guard.clip_norm": 1.0}, ["guard.epsilon is 0.0"]),

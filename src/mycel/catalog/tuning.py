@@ -188,6 +188,14 @@ TUNING: tuple[Entry, ...] = (
         "a masked sum of 8-bit adapters equals the plain fixed-point sum bit for bit with 30 % leaving mid-round",
     ),
     _tuned(
+        "masked_flora",
+        None,
+        "masked_flora",
+        "MaskedFlora",
+        "composition: FLoRA (Wang et al. 2024), 8-bit fixed point, SecAgg+ (Bell et al. 2020), parties that leave",
+        "a masked sum of adapters' products equals the plain one bit for bit, at unlike ranks, with 30 % leaving",
+    ),
+    _tuned(
         "safety_attack",
         23,
         "safety_attack",

@@ -14,18 +14,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mycel.engines.leaving import Leaving
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
-from mycel.rounds.hidden_sums import plain_sums
+from mycel.rounds.hidden_sums import beside_plain_sums
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.simulation import Simulation
 
 if TYPE_CHECKING:
-    from mycel.rounds.coordinator import Coordinator
     from mycel.rounds.laboratory import Laboratory
 
 PHASES = ("guard.shares", "work", "guard.reveal")
@@ -62,17 +57,7 @@ def leaves(node: int, kind: str, version: int) -> bool:
 def claim(lab: Laboratory) -> Measured:
     """The final model equals that of plain fixed-point sums to the bit, with three of ten leaving in each round."""
     recipe = lab.recipe("masked_lora", TEN)
-    answered: list[set[int]] = []
-
-    def watch(coordinator: Coordinator) -> None:
-        if coordinator.latest:
-            answered.append({answer.node for answer in coordinator.latest})
-
-    world = lab.world(recipe)
-    arm = lab.arm()
-    finished = Simulation(arm, world, Leaving(lab.place.labour, leaves), checkpoint=watch).run()
-    plain = plain_sums(world, answered)
-    equal = all(torch.equal(value, plain.shared[name]) for name, value in finished.state.shared.items())
+    finished, answered, equal = beside_plain_sums(lab, recipe, leaves)
     bare = lab.run(recipe.replace({"system": "fedavg", "guard.sums": "plain"}))
     upload = finished.meter.total("up") / bare.meter.total("up")
     return Measured(

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from mycel.engines.leaving import Leaving
+from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import scale
 from mycel.rounds.registry import load_system
+from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.system import Answer, State, group, with_role
 from mycel.rounds.world import World
 from mycel.wire.codecs import parse_codec
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors
+
+if TYPE_CHECKING:
+    from mycel.rounds.coordinator import Coordinator
+    from mycel.rounds.laboratory import Laboratory
+
+Leaves = Callable[[int, str, int], bool]
+
+
+def beside_plain_sums(lab: Laboratory, recipe: Recipe, leaves: Leaves) -> tuple[Finished, list[set[int]], bool]:
+    """Run ``recipe`` while nodes leave; return it, whose inputs arrived in each round, and whether both states agree.
+
+    Parameters
+    ----------
+    leaves : callable
+        Whether a node falls silent at a message: ``(node, kind, version)``.
+    """
+    answered: list[set[int]] = []
+
+    def watch(coordinator: Coordinator) -> None:
+        if coordinator.latest:
+            answered.append({answer.node for answer in coordinator.latest})
+
+    world = lab.world(recipe)
+    finished = Simulation(lab.arm(), world, Leaving(lab.place.labour, leaves), checkpoint=watch).run()
+    return finished, answered, finished.state.sha256() == plain_sums(world, answered).sha256()
 
 
 def plain_sums(world: World, answered: Sequence[Collection[int]]) -> State:

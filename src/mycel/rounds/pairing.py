@@ -59,7 +59,7 @@ def _hidden(recipe: Recipe, system: System) -> Iterator[str]:
     if system.needs != "sum":
         yield (
             f"{what}, which opens to a sum, and the system {recipe.system!r} combines what each party sent: take "
-            "'fedavg' or 'ffa_lora', or guard.sums = 'plain'"
+            "'fedavg', 'ffa_lora' or 'masked_flora', or guard.sums = 'plain'"
         )
     codec = parse_codec(recipe.wire.codec)
     if not isinstance(codec, Fixed):
@@ -77,8 +77,11 @@ def _hidden(recipe: Recipe, system: System) -> Iterator[str]:
             f"rounds.quorum is {rounds.quorum}, and a masked sum opens only when a share of {guard.staying} stays: "
             f"raise the quorum to {guard.staying} or more, or lower guard.staying (above 0.5)"
         )
-    if isinstance(recipe.trainable.rank, list) and recipe.trainable.kind == "lora":
-        yield f"{what}, and trainable.rank lists unlike ranks, whose updates do not add up: give one rank for all"
+    if isinstance(recipe.trainable.rank, list) and recipe.trainable.kind == "lora" and not system.moves_base:
+        yield (
+            f"{what}, and trainable.rank lists unlike ranks, whose factors do not add up: give one rank for all, or "
+            "take 'masked_flora', which adds up products"
+        )
     if guard.filter:
         yield (
             f"{what}, and guard.filter {guard.filter!r} must see single answers, which are hidden: bound what a party "
