@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mycel.engines.peers_memory import MemoryPeers, MemorySwarm
+from mycel.generation.weights import Weights
 from mycel.models.cut import Cut
 from mycel.segments.client import SwarmModel, fingerprint
 from mycel.segments.host import Host
 from mycel.segments.segment import Segment
+from mycel.segments.window import Window
 
 
 @dataclass
@@ -24,12 +26,21 @@ class Bench:
     members: list[MemoryPeers]
     model: SwarmModel
     folder: Path
+    windows: list[Window] = field(default_factory=list)
 
     def member(self, name: str) -> MemoryPeers:
         return next(member for member in self.members if member.name == name)
 
-    async def lend(self, name: str, first: int, last: int, kind: type[Host] = Host) -> Host:
-        cut = Cut.open(self.folder, first, last, embed=False, head=False)
+    async def lend(
+        self, name: str, first: int, last: int, kind: type[Host] = Host, weights: Weights | None = None
+    ) -> Host:
+        if weights is not None and weights.window:
+            window = Window(self.folder, weights.window, False, False, first, last, weights.held)
+            self.windows.append(window)
+            cut = window.cut
+        else:
+            mapped = weights is not None and weights.kind == "mapped"
+            cut = Cut.open(self.folder, first, last, embed=False, head=False, mapped=mapped)
         member = await self.swarm.join(name)
         host = kind(member, Segment(cut), fingerprint(self.folder))
         self.hosts.append(host)
@@ -45,15 +56,18 @@ async def bench(
     latency: float = 0.0,
     codec: str = "raw",
     patience: float = 5.0,
+    weights: Weights | None = None,
 ) -> AsyncIterator[Bench]:
     swarm = MemorySwarm(latency)
     door = await swarm.join("door")
     made = Bench(swarm, [], [], await SwarmModel.open(door, folder, codec, patience), folder)
     try:
         for index, (first, last) in enumerate(ranges):
-            await made.lend(f"peer-{index}", first, last)
+            await made.lend(f"peer-{index}", first, last, weights=weights)
         yield made
     finally:
         await made.model.close()
         await asyncio.gather(*(host.close() for host in made.hosts))
         await asyncio.gather(door.close(), *(member.close() for member in made.members))
+        for window in made.windows:
+            window.close()

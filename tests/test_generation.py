@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mycel.errors import EngineError, GenerationError
 from mycel.generation.engine import Engine, Limits, greedy
-from mycel.generation.executor import Whole
-from mycel.generation.scheduler import FirstComeFirstServed
+from mycel.generation.executor import Executor, Whole
+from mycel.generation.request import Request, Token
+from mycel.generation.scheduler import FirstComeFirstServed, Policy, Step, View, fill
+from mycel.generation.sharing import by_speed, shares_of
+from mycel.generation.weights import Weights, open_executor
 from mycel.segments.executor import Pipeline
 from mycel.serve.prompt_lookup import PromptLookup
 from swarms import bench
@@ -46,13 +56,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {**SHAPE, "num_key_value_heads": 2, "head_dim": 8},
 }
 PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50], [7] * 6, [5, 9, 17, 3, 60, 61], [90]]
-MOST = 14
+MOST = 10
 
 
-def made(family: str, seed: int = 0) -> PreTrainedModel:
+def made(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a small random decoder whose logits are spread widely, so that no two tokens are nearly tied."""
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **FAMILIES[family]
+        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **{**FAMILIES[family], **changes}
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -73,6 +83,13 @@ def plain(model: PreTrainedModel, prompts: list[list[int]], most: int = MOST) ->
     return found
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokeniser of one word for each token id."""
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
+    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_continues_as_plain_greedy_decoding_does(family: str) -> None:
     model = made(family)
@@ -82,48 +99,130 @@ def test_every_family_continues_as_plain_greedy_decoding_does(family: str) -> No
     assert engine.pool.held == 0
 
 
-STORES = {
+class Turns:
+    """A policy that pre-empts on purpose: two requests at a time run for six iterations, all others are set aside."""
+
+    def decide(self, view: View) -> Step:
+        turn = view.memory if isinstance(view.memory, int) else 0
+        at = turn // 6 % len(view.jobs)
+        step = fill(replace(view, most_jobs=2), [*view.jobs[at:], *view.jobs[:at]], turn + 1)
+        spared = {identity for identity, _ in step.run} | set(step.aside)
+        more = [job.id for job in view.jobs if job.place == "resident" and job.id not in spared]
+        return replace(step, aside=(*step.aside, *more))
+
+
+STORES: dict[str, Callable[[int], dict[str, Any]]] = {
     "roomy": lambda position: {"memory": 200 * 4 * position},
     "short of pages, moved aside": lambda position: {"memory": 13 * 4 * position, "share": False},
     "short of pages, computed again": lambda position: {"memory": 13 * 4 * position, "share": False, "aside": 0},
     "short of pages, shared": lambda position: {"memory": 13 * 4 * position},
 }
-SCHEDULES = {"whole prompts": {"tokens": 64}, "chunks": {"tokens": 6}, "one at a time": {"jobs": 1}}
+SCHEDULES: dict[str, tuple[type[Policy], dict[str, int]]] = {
+    "whole prompts": (FirstComeFirstServed, {"tokens": 64}),
+    "chunks": (FirstComeFirstServed, {"tokens": 6}),
+    "one at a time": (FirstComeFirstServed, {"jobs": 1}),
+    "pre-empted": (Turns, {"tokens": 64}),
+}
+WEIGHTS = ["resident", "mapped", "tiered(1)", "window(1)"]
+EXECUTORS = ["whole", "unequal ranks", "pipeline over peers"]
+
+
+class Parts:
+    """One model under every executor and weight store, each opened when it is first wanted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.opened = folder, dict[tuple[str, str], Executor]()
+        model = made("Llama", seed=1, num_key_value_heads=4)
+        model.save_pretrained(folder)
+        write_tokenizer(folder)
+        self.wanted = plain(model, PROMPTS)
+        self.loop = asyncio.new_event_loop()
+        self.leave = AsyncExitStack()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    def executor(self, kind: str, weights: str) -> Executor:
+        if (kind, weights) not in self.opened:
+            if kind == "pipeline over peers":
+                entering = self.leave.enter_async_context(
+                    bench(self.folder, [(0, 1), (1, 2)], weights=Weights.parse(weights))
+                )
+                peers = asyncio.run_coroutine_threadsafe(entering, self.loop).result()
+                found: Executor = Pipeline(peers.model, self.loop)
+            else:
+                found = open_executor(self.folder, weights, () if kind == "whole" else (3.0, 1.0))
+            self.opened[kind, weights] = found
+        return self.opened[kind, weights]
+
+    def close(self) -> None:
+        for executor in self.opened.values():
+            executor.close()
+        asyncio.run_coroutine_threadsafe(self.leave.aclose(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
 
 @pytest.fixture(scope="module")
-def wanted() -> list[list[int]]:
-    return plain(made("Llama", seed=1), PROMPTS)
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    made = Parts(tmp_path_factory.mktemp("parts"))
+    try:
+        yield made
+    finally:
+        made.close()
 
 
+@pytest.mark.parametrize(("kind", "weights"), list(product(EXECUTORS, WEIGHTS)))
 @pytest.mark.parametrize(("store", "schedule"), list(product(STORES, SCHEDULES)))
-def test_every_combination_continues_alike(wanted: list[list[int]], store: str, schedule: str) -> None:
-    executor = Whole(made("Llama", seed=1))
-    keep: Callable[[int], dict[str, Any]] = STORES[store]
-    limits = Limits(page=4, **{**keep(executor.position_bytes), **SCHEDULES[schedule]})
-    engine = Engine(executor, limits=limits, policy=FirstComeFirstServed())
-    assert greedy(engine, PROMPTS, MOST) == wanted
-    assert greedy(engine, PROMPTS, MOST) == wanted, "what is kept of earlier requests changes later ones"
+def test_every_combination_continues_alike(parts: Parts, store: str, schedule: str, kind: str, weights: str) -> None:
+    executor = parts.executor(kind, weights)
+    policy, more = SCHEDULES[schedule]
+    limits = Limits(page=4, **{**STORES[store](executor.position_bytes), **more})
+    engine = Engine(executor, limits=limits, policy=policy(), drafter=PromptLookup() if store == "roomy" else None)
+    assert greedy(engine, PROMPTS, MOST) == parts.wanted
+    if engine.pool.share and store.endswith("shared"):
+        assert greedy(engine, PROMPTS, MOST) == parts.wanted, "what is kept of earlier requests changes later ones"
     assert engine.pool.held == 0
     assert engine.aside.bytes == 0
-    if store.startswith("short") and schedule != "one at a time":
-        assert engine.counts.set_aside > 0, "nothing was ever short"
+    short = store.startswith("short") and executor.memory is not None and schedule != "one at a time"
+    if short or schedule == "pre-empted":
+        assert engine.counts.set_aside > 0, "nothing was ever set aside"
 
 
-@pytest.mark.parametrize("ranges", [[(0, 2)], [(0, 1), (1, 2)]], ids=["one peer", "two peers"])
-@pytest.mark.parametrize("guessing", [False, True], ids=["plain", "guessing"])
-def test_a_pipeline_over_peers_continues_alike(
-    wanted: list[list[int]], tmp_path: Path, ranges: list[tuple[int, int]], guessing: bool
-) -> None:
-    made("Llama", seed=1).save_pretrained(tmp_path)
+def test_a_lost_rank_fails_what_is_under_way_and_nothing_after(parts: Parts) -> None:
+    others = multiprocessing.active_children()
+    executor = open_executor(parts.folder, shares=(1.0, 1.0))
+    try:
+        engine = Engine(executor, limits=Limits(page=4))
+        assert greedy(engine, PROMPTS, MOST) == parts.wanted
+        (victim,) = [process for process in multiprocessing.active_children() if process not in others]
+        ended: list[Token] = []
+        engine.submit(Request(tuple(PROMPTS[1]), MOST), ended.append)
+        engine.step()
+        victim.kill()
+        with pytest.raises(EngineError, match="rank 1 is gone"):
+            engine.run()
+        engine.fail_all()
+        assert ended[-1].reason == "error"
+        assert greedy(engine, PROMPTS, MOST) == parts.wanted, "pages of the lost rank were trusted"
+        assert engine.pool.held == 0
+    finally:
+        executor.close()
+    assert not set(multiprocessing.active_children()) - set(others)
 
-    async def run() -> tuple[list[list[int]], Engine]:
-        async with bench(tmp_path, ranges) as peers:
-            pipeline = Pipeline(peers.model, asyncio.get_running_loop())
-            drafter = PromptLookup() if guessing else None
-            engine = Engine(pipeline, limits=Limits(page=4, tokens=9, jobs=3), drafter=drafter)
-            return await asyncio.to_thread(greedy, engine, PROMPTS, MOST), engine
 
-    found, engine = asyncio.run(run())
-    assert found == wanted
-    assert engine.pool.held == 0
+def test_ranks_share_heads_by_speed_or_as_asked(parts: Parts) -> None:
+    assert by_speed((3.0, 1.0), 4, 2, 32) == (3.0, 1.0)
+    assert by_speed((1.03, 0.97), 4, 2, 32) == (2.0, 2.0)
+    assert shares_of("", parts.folder) == ()
+    assert shares_of("1:5", parts.folder) == (1.0, 3.0)
+    assert shares_of("2", parts.folder) == (2.0, 2.0)
+    for bad in ("0", "x", "3:", "1:0", "5", "1:1:1:1:1", "-1", "2:-1"):
+        with pytest.raises(GenerationError, match="--tensor-parallel"):
+            shares_of(bad, parts.folder)
+
+
+@pytest.mark.parametrize("text", ["", "tiered", "window(0)", "tiered(x)", "disk", "window(2) "])
+def test_weights_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(GenerationError, match="--weights"):
+        Weights.parse(text)

@@ -157,6 +157,8 @@ class Cut:
         """Return the logits ``[batch, tokens, vocabulary]`` of the hidden state after the last block."""
         if self._heading is None:
             raise ModelError("the head lives elsewhere: open this cut with head=True")
+        if not hidden_BTD.shape[1]:  # a batch of unfinished prompts, of which nothing is wanted yet
+            return hidden_BTD.new_empty(len(hidden_BTD), 0, int(self.config.vocab_size))
         self._given.hidden = hidden_BTD
         try:
             logits: Tensor = self._heading(
