@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,10 @@ import psutil
 import pytest
 
 from mycel.collectives.processes import RankProcesses
+from mycel.data.parties import load_parties
+from mycel.engines.children import start
 from mycel.errors import RecipeError
+from mycel.federation.demo import Village
 from mycel.pretrain.proving import pretraining
 from mycel.recipe.schema import Layout, Recipe
 from mycel.rounds.algebra import norm, subtract
@@ -23,6 +27,7 @@ from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
+from mycel.run.execute import run_recipe
 
 pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = {
@@ -144,18 +149,22 @@ def rounds_of(folder: Path) -> int:
     return sum(json.loads(line)["event"] == "round" for line in lines if line.endswith("\n"))
 
 
+def join_under_torchrun(made: Village, name: str) -> None:
+    starter = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    key, data = made.folder / "keys" / "parties" / f"{name}.pem", made.folder / "data" / name
+    words = ["-m", "mycel", "join", made.address, "--key", str(key), "--data", str(data)]
+    environ = {**made.environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    made.parties[name] = start([*starter, *words], environ, made.folder / f"{name}.log", last_word=signal.SIGTERM)
+
+
 def island_recipe() -> Recipe:
-    changes = {**SMALL, **PAIR, "rounds.count": 3, "data.examples": 24, "data.held_out": 4, "rounds.evaluate_every": 1}
+    changes = {**SMALL, **PAIR, "rounds.count": 2, "data.examples": 24, "data.held_out": 4, "rounds.evaluate_every": 1}
     return Recipe(system="diloco").replace(pretraining({**changes, "engine.workers": 0}))
 
 
 @pytest.mark.timeout(200)
 def test_on_a_federation_a_party_that_is_an_island_outlives_a_killed_rank(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="the federation extra is not installed")
-    from mycel.data.parties import load_parties
-    from mycel.federation.demo import Village
-    from mycel.run.execute import run_recipe
-
     wanted = island_recipe()
     reference = run_recipe(wanted, tmp_path / "reference")
     (tmp_path / "isles.toml").write_text(wanted.to_toml(), encoding="utf-8")
@@ -165,7 +174,8 @@ def test_on_a_federation_a_party_that_is_an_island_outlives_a_killed_rank(tmp_pa
         made.start_coordinator()
         for party in parties:
             made.give(party.name, party)
-            made.join(party.name, "--nproc", "2")
+        made.join(parties[0].name, "--nproc", "2")
+        join_under_torchrun(made, parties[1].name)
         made.wait_until_listening()
         out = tmp_path / "run"
         words = ("run", str(tmp_path / "isles.toml"), "--out", str(out), "--on", made.address)

@@ -65,7 +65,7 @@ def run(
     """Run a recipe: show progress, then a table; the folder keeps the log, the result, the report and the model."""
     import os
 
-    if nproc or "TORCHELASTIC_RUN_ID" in os.environ:
+    if nproc or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         from mycel.cli.island import island_command
 
         island_command(recipe, overrides or [], out, resume, as_json, nproc)

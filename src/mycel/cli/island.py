@@ -12,15 +12,17 @@ from mycel.recipe import load_recipe
 
 
 def island_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool, ranks: int) -> None:
-    """Start the ranks of an island, or be one of those that ``torchrun`` started."""
+    """Start the ranks of an island, or be one of those that were started."""
     recipe = load_recipe(name, overrides)
     folder = out or Path("runs") / f"{Path(name.partition(':')[0]).stem}-{recipe.seed}"
     from mycel.collectives.ranks import under_torchrun
-    from mycel.run.island import launch, run_island
+    from mycel.run.island import check_island, run_island
+    from mycel.run.launching import launch
 
     if not under_torchrun():
-        words = ["run", name, *overrides, "--out", str(folder), *(["--resume"] * resume), *(["--json"] * as_json)]
-        raise typer.Exit(launch(recipe, words, ranks))
+        check_island(recipe, ranks)
+        words = ["run", name, *overrides, "--out", str(folder), *(["--json"] * as_json)]
+        raise typer.Exit(launch(recipe, words, ranks, folder, resume))
     result = run_island(recipe, folder, resume)
     if result is None:
         return

@@ -107,8 +107,7 @@ class Checkpoints:
 
     def whole(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, in order."""
-        found = self.folder.glob(f"step-*/{MANIFEST}") if self.folder.is_dir() else []
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        return whole_steps(self.folder)
 
     def load(self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
         """Go to the latest whole checkpoint, whatever layout wrote it, and return its step; 0: there is none.
@@ -154,6 +153,12 @@ class Checkpoints:
                     f"the checkpoint {str(place)!r} is damaged ({name} is not what was written): "
                     "remove the folder to go on from the one before"
                 )
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in ``folder`` that were written to their end, in order."""
+    found = folder.glob(f"step-*/{MANIFEST}") if folder.is_dir() else []
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
 def _sha256(path: Path) -> str:

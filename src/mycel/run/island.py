@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,14 +29,6 @@ from mycel.run.folder import RunFolder, write_json
 from mycel.run.log import EventLog
 
 TRAINED = ("synchronous",)  # systems whose steps the ranks of one island can take
-
-
-def launch(recipe: Recipe, words: list[str], ranks: int) -> int:
-    """Check the layout, then start ``ranks`` processes of this command line on this machine; return the exit status."""
-    check_island(recipe, ranks)
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "mycel"]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run([sys.executable, *starter, *words], env=environment, check=False).returncode
 
 
 def check_island(recipe: Recipe, ranks: int) -> None:
@@ -69,6 +60,7 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         store = TokenStore.open(folder.tokens)
         program = Program(recipe, ranks, base, _start(recipe, base), load_system(recipe).rate)  # type: ignore[attr-defined]
         log = EventLog(folder.events) if ranks.first else None
+        earlier = _losses(folder.events) if ranks.first else {}
         saves = Checkpoints(checkpoint_folder(out), recipe.sha256())
 
         def note(step: int, loss: float) -> None:
@@ -86,9 +78,16 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         if not ranks.first:
             return None
         result = _result(recipe, ranks, store, course, (before, after), time.monotonic() - started)
+        result["curve"]["before"] = [earlier.get(step) for step in range(course.first)]
         _save(base, weights, folder)
         write_json(folder.result, result)
         return result
+
+
+def _losses(events: Path) -> dict[int, float]:
+    """Each step's loss that the log of a run knows, the last one where a step was taken again."""
+    entries = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()] if events.exists() else []
+    return {entry["step"]: entry["loss"] for entry in entries if entry["event"] == "step"}
 
 
 def _start(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
