@@ -68,8 +68,9 @@ class Consent(BaseModel):
         guard = recipe.guard
         if recipe.threat.attack:
             raise _beyond(f"is a drill in which parties lie ({recipe.threat.attack!r})", "data is real: use simulation")
-        if self.masked and guard.sums == "plain":
-            raise _beyond("adds answers up in the open (guard.sums)", "masked asks for masks")
+        if self.masked and guard.sums not in {"masked", "sparsely-masked"}:
+            how = "in the open" if guard.sums == "plain" else f"by {guard.sums!r}"
+            raise _beyond(f"adds answers up {how} (guard.sums)", "masked asks for masks")
         if self.private and guard.private not in self.private:
             found = f"the differential privacy {guard.private!r}" if guard.private else "no differential privacy"
             raise _beyond(f"has {found}", f"private asks for {' or '.join(self.private)}")

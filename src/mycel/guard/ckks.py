@@ -36,9 +36,10 @@ def make_keys() -> Keys:
     tenseal = _tenseal()
     context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, DEGREE, coeff_mod_bit_sizes=list(MODULI))
     context.global_scale = SCALE
-    secret = context.serialize(save_secret_key=True)
+    needed = {"save_galois_keys": False, "save_relin_keys": False}  # nothing is rotated or multiplied
+    secret = context.serialize(save_secret_key=True, **needed)
     context.make_context_public()
-    return Keys(secret, context.serialize())
+    return Keys(secret, context.serialize(**needed))
 
 
 def encrypt(keys: bytes, vector: Tensor) -> list[bytes]:

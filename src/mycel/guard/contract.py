@@ -7,14 +7,17 @@ as tensors, which stay at the party.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mycel.errors import ParcelError
 from mycel.wire.parcel import Parcel, Tensors
 
 KIND = "guard."
+Shapes = Mapping[str, tuple[int, ...]]
 Post = Callable[[Mapping[int, Parcel]], Awaitable[dict[int, Parcel]]]
 """Sends a message to each of some nodes and returns the answers of those that answered in time."""
 
@@ -67,6 +70,20 @@ class Guard(ABC):
         ParcelError
             When it cannot be opened: the attempt is abandoned.
         """
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what the attempt held; nothing, for most."""
+
+
+def size_of(shapes: Shapes) -> int:
+    """Count the numbers of an update."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_weight(node: int, parcel: Parcel, weights: Mapping[int, int]) -> None:
+    """Refuse an answer that says it counts for more or fewer examples than its node was known to hold."""
+    if parcel.header.get("samples") != weights[node] and weights[node] != 1:
+        raise ParcelError(f"node {node} counts for {weights[node]} samples and says it has another number")
 
 
 class PartyGuard(ABC):

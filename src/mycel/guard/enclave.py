@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -71,13 +71,34 @@ class Quote:
         """What is signed."""
         return digest(self.measurement.encode(), self.key, self.nonce)
 
+    def to_bytes(self) -> bytes:
+        """Write it as JSON."""
+        parts = {"key": self.key.hex(), "nonce": self.nonce.hex(), "signature": self.signature.hex()}
+        return json.dumps({"measurement": self.measurement, **parts}).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Quote:
+        """Inverse of ``to_bytes``."""
+        try:
+            found = json.loads(content)
+            return cls(str(found["measurement"]), *(bytes.fromhex(found[key]) for key in ("key", "nonce", "signature")))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ParcelError(f"what came is no attestation: {str(error)[:60]}") from error
+
 
 class Platform:
-    """Stands for the processor: holds the key that signs, and the one that memory is sealed under."""
+    """Stands for the processor: holds the key that signs, and the one that memory is sealed under.
 
-    def __init__(self) -> None:
-        self._signing = Ed25519PrivateKey.generate()
-        self._sealing = new_secret()
+    Parameters
+    ----------
+    phrase : bytes
+        Makes both keys the same wherever it is known, which is to say that it protects nothing; empty: new ones.
+    """
+
+    def __init__(self, phrase: bytes = b"") -> None:
+        signing = digest(b"signing", phrase) if phrase else new_secret()
+        self._signing = Ed25519PrivateKey.from_private_bytes(signing)
+        self._sealing = digest(b"sealing", phrase) if phrase else new_secret()
 
     @property
     def public(self) -> bytes:
@@ -104,8 +125,7 @@ class Enclave:
 
     def quote(self, nonce: bytes) -> Quote:
         """Ask for attestation."""
-        found = json.loads(self._exchange(b"quote", nonce))
-        return Quote(found["measurement"], *(bytes.fromhex(found[key]) for key in ("key", "nonce", "signature")))
+        return Quote.from_bytes(self._exchange(b"quote", nonce))
 
     def carry(self, hello: bytes, sealed: bytes) -> bytes:
         """Carry a sealed call in and its sealed result out."""
@@ -148,16 +168,7 @@ class Visitor:
     def __init__(self, enclave: Enclave, platform: bytes, known: Collection[str]) -> None:
         nonce = os.urandom(32)
         quote = enclave.quote(nonce)
-        try:
-            Ed25519PublicKey.from_public_bytes(platform).verify(quote.signature, quote.content())
-        except InvalidSignature as error:
-            raise ParcelError("the attestation is not signed by the platform that is trusted: refused") from error
-        if quote.nonce != nonce:
-            raise ParcelError("the attestation answers another's question: replayed, refused")
-        if quote.measurement not in known:
-            raise ParcelError(
-                f"the enclave runs {quote.measurement[:12]}, which is none of the programs that are trusted"
-            )
+        verify(quote, platform, nonce, known)
         secret = new_secret()
         self._enclave, self._hello = enclave, public_key(secret)
         self._key = agree(secret, quote.key, b"enclave")
@@ -166,12 +177,31 @@ class Visitor:
     def call(self, name: str, argument: Parcel | None = None) -> Parcel:
         """Pass the gate: call one of the program's functions."""
         self._count += 1
-        frame = (argument or Parcel("call")).to_bytes()
-        head = json.dumps({"name": name, "size": len(frame)}).encode()
-        about = digest(b"in", str(self._count).encode())
-        sealed = encrypt(self._key, len(head).to_bytes(4, "big") + head + frame, about)
-        found = self._enclave.carry(self._hello, sealed)
+        found = self._enclave.carry(self._hello, _sealed(self._key, name, argument or Parcel("call"), self._count))
         return Parcel.from_bytes(decrypt(self._key, found, digest(b"out", str(self._count).encode())))
+
+
+def verify(quote: Quote, platform: bytes, nonce: bytes, known: Collection[str]) -> None:
+    """Refuse a quote with ``ParcelError`` that is not the platform's, not about ``nonce``, or of an unknown program."""
+    try:
+        Ed25519PublicKey.from_public_bytes(platform).verify(quote.signature, quote.content())
+    except InvalidSignature as error:
+        raise ParcelError("the attestation is not signed by the platform that is trusted: refused") from error
+    if quote.nonce != nonce:
+        raise ParcelError("the attestation answers another's question: replayed, refused")
+    if quote.measurement not in known:
+        raise ParcelError(f"the enclave runs {quote.measurement[:12]}, which is none of the programs that are trusted")
+
+
+def sealed_call(secret: bytes, key: bytes, name: str, argument: Parcel) -> bytes:
+    """Write a visitor's first call, for somebody else to carry: ``key`` is the enclave's, out of a verified quote."""
+    return _sealed(agree(secret, key, b"enclave"), name, argument, 1)
+
+
+def _sealed(key: bytes, name: str, argument: Parcel, count: int) -> bytes:
+    frame = argument.to_bytes()
+    head = json.dumps({"name": name, "size": len(frame)}).encode()
+    return encrypt(key, len(head).to_bytes(4, "big") + head + frame, digest(b"in", str(count).encode()))
 
 
 def seal(memory: Mapping[str, Any], parcel: Parcel) -> bytes:
@@ -198,8 +228,7 @@ def _serve(connection: Connection, program: Program, signing: bytes, sealing: by
         try:
             if parts[0] == b"quote":
                 quote = Quote(measured, key, parts[1], b"")
-                content = {"measurement": measured, "key": key.hex(), "nonce": parts[1].hex()}
-                answer = json.dumps({**content, "signature": platform.sign(quote.content()).hex()}).encode()
+                answer = replace(quote, signature=platform.sign(quote.content())).to_bytes()
             else:
                 answer = _gate(program, memory, agree(secret, parts[1], b"enclave"), counts, parts[1], parts[2])
             verdict = b"done"

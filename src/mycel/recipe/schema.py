@@ -96,8 +96,10 @@ class Guard(Section):
     """What protects what leaves."""
 
     clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="bound on the norm of a party's update; 0: none")
-    sums: Literal["plain", "masked", "sparsely-masked"] = Field(
-        "plain", description="how answers are added up: in the open, or under masks (on a sparse graph: cheaper)"
+    sums: Literal["plain", "masked", "sparsely-masked", "homomorphic", "enclave"] = Field(
+        "plain",
+        description="how answers are added up: in the open, under masks (on a sparse graph: cheaper), encrypted under "
+        "a key that parties share, or inside an enclave (simulated: it protects nobody)",
     )
     staying: Annotated[float, Field(gt=0.5, le=1)] = Field(
         0.67, description="share of the asked parties that is enough to open a masked sum"

@@ -69,8 +69,11 @@ class Coordinator:
         if not done.started:
             done.state, done.started = self.system.begin(self.world), True
             self.checkpoint(self)
-        while done.version < self.world.recipe.rounds.count:
-            await self._advance()
+        try:
+            while done.version < self.world.recipe.rounds.count:
+                await self._advance()
+        finally:
+            self.guarding.release()
         if not done.delivered:
             await self._deliver()
         return done.state
@@ -240,7 +243,8 @@ class Coordinator:
         if answers:
             done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         done.version += 1
-        self._present, self.guarding.current, self._attempts = None, None, 0
+        self._present, self._attempts = None, 0
+        self.guarding.release()
         meter = self.leases.meter
         entry = done.close_round(len(self.latest), meter.total("up"), meter.total("down"), self.engine.now())
         self.record("round", **entry)
@@ -253,7 +257,7 @@ class Coordinator:
         """Hand the final state to every node; each scores it on its own held-out examples."""
         waiting = set(range(len(self.world.nodes)))
         self.leases.held.clear()
-        self.guarding.current = None
+        self.guarding.release()
         for node in sorted(waiting):
             brief = self._brief(node)
             self._ask(node, Parcel("deliver", {**brief.header, "evaluate": 1}, brief.tensors))

@@ -13,8 +13,8 @@ from mycel.guard.accounting import Releases, epsilon
 from mycel.guard.attacks.threats import liars, parse_threat
 from mycel.guard.clip import clip
 from mycel.guard.contract import Guard, Opened, Post, Sealed
+from mycel.guard.hiding import coordinator_half
 from mycel.guard.noise import flat_norm, next_bound, noise_source, perturb, split_noise
-from mycel.guard.secagg.guard import MaskGuard
 from mycel.rounds.algebra import add, scale, seed_of
 from mycel.rounds.distrust import Distrust
 from mycel.rounds.sealing import noise_of
@@ -73,14 +73,19 @@ class Guarding:
 
     async def prepare(self, post: Post, cohort: Sequence[int], state: State) -> list[int]:
         """Exchange the hiding guard's messages; return the nodes that can take part."""
-        codec = parse_codec(self.world.recipe.wire.codec)
-        assert isinstance(codec, Fixed)
-        shapes = self._shapes(state)
+        self.release()
         even = self.guard.private == "user"
         weights = {node: 1 if even else self.world.nodes[node].samples for node in cohort}
-        thin = self.guard.sums == "sparsely-masked"
-        self.current = MaskGuard(codec, shapes, weights, self.guard.staying, thin)
+        codec = parse_codec(self.world.recipe.wire.codec)
+        self.current = coordinator_half(self.guard.sums, codec, self._shapes(state), weights, self.guard.staying)
+        assert self.current is not None
         return await self.current.prepare(post, cohort)
+
+    def release(self) -> None:
+        """Let go of the attempt at hand, if there is one."""
+        if self.current is not None:
+            self.current.close()
+        self.current = None
 
     def terms(self) -> dict[str, Any]:
         """What every brief tells of the guard."""

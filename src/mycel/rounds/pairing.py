@@ -29,6 +29,8 @@ def check_pairing(recipe: Recipe, system: System) -> None:
     guard = recipe.guard
     if guard.private and find_spec("opacus") is None:
         raise ExtraMissing("opacus", "privacy")
+    if guard.sums == "homomorphic" and find_spec("tenseal") is None:
+        raise ExtraMissing("tenseal", "homomorphic")
 
 
 def _faults(recipe: Recipe, system: System) -> Iterator[str]:
@@ -53,7 +55,7 @@ def _faults(recipe: Recipe, system: System) -> Iterator[str]:
 
 
 def _hidden(recipe: Recipe, system: System) -> Iterator[str]:
-    """A hidden sum is all that arrives, and it is made of whole numbers of one step."""
+    """A hidden sum is all that arrives; under masks it is made of whole numbers of one step."""
     guard, rounds = recipe.guard, recipe.rounds
     what = f"guard.sums is {guard.sums!r}"
     if system.needs != "sum":
@@ -61,8 +63,13 @@ def _hidden(recipe: Recipe, system: System) -> Iterator[str]:
             f"{what}, which opens to a sum, and the system {recipe.system!r} combines what each party sent: take "
             "'fedavg', 'ffa_lora' or 'masked_flora', or guard.sums = 'plain'"
         )
-    codec = parse_codec(recipe.wire.codec)
-    if not isinstance(codec, Fixed):
+    codec, masked = parse_codec(recipe.wire.codec), "masked" in guard.sums
+    if not masked and not codec.lossless:
+        yield (
+            f"{what}, which adds up floating-point numbers as they are, and wire.codec {recipe.wire.codec!r} would not "
+            "be applied to what is sealed: set wire.codec = 'raw'"
+        )
+    if masked and not isinstance(codec, Fixed):
         yield (
             f"{what}, and levels of wire.codec {recipe.wire.codec!r} do not add up, or mean another number at each "
             "party: masks need a linear, fixed-point codec, e.g. wire.codec = 'fixed(8,0.1)' or 'fixed(16,0.5)'"
@@ -72,7 +79,7 @@ def _hidden(recipe: Recipe, system: System) -> Iterator[str]:
             f"{what}, and with rounds.pace {rounds.pace!r} answers to unlike briefs would be added up: "
             "take rounds.pace = 'synchronous'"
         )
-    if rounds.quorum < guard.staying:
+    if masked and rounds.quorum < guard.staying:
         yield (
             f"rounds.quorum is {rounds.quorum}, and a masked sum opens only when a share of {guard.staying} stays: "
             f"raise the quorum to {guard.staying} or more, or lower guard.staying (above 0.5)"

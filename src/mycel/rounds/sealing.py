@@ -10,13 +10,12 @@ from mycel.guard.accounting import calibrate
 from mycel.guard.attacks.threats import liars, parse_threat
 from mycel.guard.clip import clip
 from mycel.guard.contract import KIND, PartyGuard
+from mycel.guard.hiding import party_half
 from mycel.guard.noise import flat_norm, noise_source, perturb
-from mycel.guard.secagg.guard import MaskParty
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
 from mycel.rounds.system import group, with_role
 from mycel.wire.codecs import parse_codec
-from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors
 
 
@@ -30,8 +29,7 @@ class Sealing:
     @cached_property
     def hidden(self) -> PartyGuard | None:
         """The guard that hides answers, where there is one."""
-        codec = parse_codec(self.recipe.wire.codec)
-        return MaskParty(codec) if self.recipe.guard.sums != "plain" and isinstance(codec, Fixed) else None
+        return party_half(self.recipe.guard.sums, parse_codec(self.recipe.wire.codec))
 
     @cached_property
     def liars(self) -> frozenset[int]:

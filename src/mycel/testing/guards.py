@@ -34,8 +34,13 @@ def check_guard(
     weights = {node: node + 1 for node in range(parties)}
     updates = {node: _update(shapes, node) for node in range(parties)}
     for gone in (set[int](), {parties - 1}):
-        opened, sent = asyncio.run(_play(make(shapes, weights), party, updates, weights, gone))
+        guard = make(shapes, weights)
+        try:
+            opened, sent = asyncio.run(_play(guard, party, updates, weights, gone))
+        finally:
+            guard.close()
         stayed = [node for node in updates if node not in gone]
+        law(opened.within == len(stayed), "updates within the bound are counted")
         law(opened.weight == sum(weights[node] for node in stayed), "the weight is that of the answers that arrived")
         for name in shapes:
             wanted = sum(weights[node] * updates[node][name] for node in stayed) / opened.weight
@@ -48,7 +53,10 @@ def check_guard(
                 alike = len(row) == len(plain) and torch.corrcoef(torch.stack([row, plain.double()]))[0, 1].abs() > 0.95
                 law(not alike, "what leaves is not the update, nor a multiple of it")
     guard = make(shapes, weights)
-    asyncio.run(_prepare(guard, party, weights))
+    try:
+        asyncio.run(_prepare(guard, party, weights))
+    finally:
+        guard.close()
     for strange in (Parcel("answer"), Parcel("answer", {"samples": 1}, {"sealed/sum": torch.zeros(2)})):
         try:
             guard.check(0, strange)

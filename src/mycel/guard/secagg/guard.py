@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mycel.errors import ParcelError
-from mycel.guard.contract import KIND, Guard, Opened, PartyGuard, Post, Sealed
+from mycel.guard.contract import KIND, Guard, Opened, PartyGuard, Post, Sealed, Shapes, check_weight, size_of
+from mycel.guard.letters import cut, numbers, read, write
 from mycel.guard.secagg.coordinator import MaskingCoordinator
 from mycel.guard.secagg.graph import Terms, complete, need, sparse
-from mycel.guard.secagg.levels import KINDS, Shapes, flatten, unflatten, width
+from mycel.guard.secagg.levels import KINDS, flatten, unflatten, width
 from mycel.guard.secagg.party import Keys, MaskingParty
 from mycel.guard.secagg.shamir import SHARE_BYTES
 from mycel.wire.codecs.fixed import Fixed
@@ -56,7 +55,7 @@ class MaskGuard(Guard):
         """Collect keys, then sealed shares; whoever answers both takes part."""
         least = need(len(cohort), self.staying) if len(cohort) > 1 else 2
         found = await post({node: Parcel(f"{KIND}keys", {"tag": self.tag}) for node in cohort})
-        keys = {node: Keys.from_bytes(_read(letter, "keys")) for node, letter in found.items()}
+        keys = {node: Keys.from_bytes(read(letter, "keys")) for node, letter in found.items()}
         self._enough(len(keys), least, "sent keys")
         terms = self._graph(sorted(keys))
         self.protocol = MaskingCoordinator(terms, keys)
@@ -65,8 +64,8 @@ class MaskGuard(Guard):
             sealed = letter.tensors.get("shares/sealed")
             if sealed is None or sealed.dtype != torch.uint8 or sealed.ndim != 2 or len(sealed) != len(holders):
                 continue  # like a party that did not answer
-            texts = _cut(sealed.numpy().tobytes(), holders)
-            self.protocol.take_shares(node, texts, _read(letter, "commitment"))
+            texts = cut(sealed.numpy().tobytes(), holders)
+            self.protocol.take_shares(node, texts, read(letter, "commitment"))
         present = sorted(self.protocol.sealed)
         self._enough(len(present), least, "shared secrets")
         self.wide = width(self.codec, sum(self.weights[node] for node in present))
@@ -80,11 +79,10 @@ class MaskGuard(Guard):
     def check(self, node: int, parcel: Parcel) -> None:
         """One vector of the ring, and nothing else."""
         found = parcel.tensors.get(SUM)
-        size = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values()) + 1
+        size = size_of(self.shapes) + 1
         if len(parcel.tensors) != 1 or found is None or found.dtype != KINDS[self.wide] or found.shape != (size,):
             raise ParcelError(f"the hidden update of node {node} is not one vector of {size} {self.wide}-bit numbers")
-        if parcel.header.get("samples") != self.weights[node] and self.weights[node] != 1:
-            raise ParcelError(f"node {node} counts for {self.weights[node]} samples and says it has another number")
+        check_weight(node, parcel, self.weights)
 
     async def open(self, post: Post, answers: Iterable[Sealed]) -> Opened:
         """Add up, ask for shares, take masks away."""
@@ -96,9 +94,9 @@ class MaskGuard(Guard):
         asked = {node: self._ask_reveal(node) for node in sorted(self.protocol.inputs)}
         for node, letter in (await post(asked)).items():
             wanted = sorted(self.protocol.wanted(node))
-            opened = _read(letter, "opened")
+            opened = read(letter, "opened")
             if len(opened) == SHARE_BYTES * len(wanted):
-                self.protocol.take_reveal(node, _cut(opened, wanted))
+                self.protocol.take_reveal(node, cut(opened, wanted))
         levels, within = unflatten(self.protocol.sum(), self.codec, self.shapes)
         weight = sum(self.weights[node] for node in self.protocol.inputs)
         return Opened({name: self.codec.value(value) for name, value in levels.items()}, weight, within)
@@ -114,13 +112,13 @@ class MaskGuard(Guard):
         holders = terms.holders(node)
         keys = b"".join(self.protocol.keys[holder].to_bytes() for holder in holders)
         header = {"tag": self.tag, "holders": list(holders), "threshold": terms.threshold}
-        return Parcel(f"{KIND}shares", header, {"shares/keys": _write(keys)})
+        return Parcel(f"{KIND}shares", header, {"shares/keys": write(keys)})
 
     def _ask_reveal(self, node: int) -> Parcel:
         assert self.protocol is not None
         wanted = self.protocol.wanted(node)
         header = {"tag": self.tag, "of": sorted(wanted), "arrived": sorted(self.protocol.inputs)}
-        return Parcel(f"{KIND}reveal", header, {"reveal/sealed": _write(b"".join(wanted[of] for of in sorted(wanted)))})
+        return Parcel(f"{KIND}reveal", header, {"reveal/sealed": write(b"".join(wanted[of] for of in sorted(wanted)))})
 
     def _enough(self, count: int, least: int, deed: str) -> None:
         if count < max(least, 2):
@@ -144,20 +142,20 @@ class MaskParty(PartyGuard):
         step, tag = message.kind.removeprefix(KIND), str(message.header.get("tag"))
         if step == "keys":
             party = MaskingParty(node)
-            return Parcel("answer", {}, {"keys/keys": _write(party.advertise().to_bytes())}), _keep(tag, party)
+            return Parcel("answer", {}, {"keys/keys": write(party.advertise().to_bytes())}), _keep(tag, party)
         party = _recall(tag, node, kept)
         if step == "shares":
             terms, keys = _agreed(tag, node, message)
             sealed, commitment = party.share(terms, keys)
-            rows = torch.stack([_write(sealed[holder]) for holder in terms.holders(node)])
-            tensors = {"shares/sealed": rows, "commitment/commitment": _write(commitment)}
+            rows = torch.stack([write(sealed[holder]) for holder in terms.holders(node)])
+            tensors = {"shares/sealed": rows, "commitment/commitment": write(commitment)}
             return Parcel("answer", {}, tensors), _keep(tag, party)
         if step == "reveal":
-            nodes, arrived = (_numbers(message, key) for key in ("of", "arrived"))
-            content = _read(message, "sealed")
-            shares = party.reveal(_cut(content, nodes), set(arrived))
+            nodes, arrived = (numbers(message, key) for key in ("of", "arrived"))
+            content = read(message, "sealed")
+            shares = party.reveal(cut(content, nodes), set(arrived))
             opened = b"".join(shares[of] for of in sorted(shares))
-            return Parcel("answer", {}, {"opened/opened": _write(opened)}), {}
+            return Parcel("answer", {}, {"opened/opened": write(opened)}), {}
         raise ParcelError(f"a message of the kind {message.kind[:40]!r} is none of secure aggregation's")
 
     def seal(
@@ -174,7 +172,7 @@ class MaskParty(PartyGuard):
 
 
 def _agreed(tag: str, node: int, message: Parcel) -> tuple[Terms, dict[int, Keys]]:
-    holders, threshold, content = _numbers(message, "holders"), message.header.get("threshold"), _read(message, "keys")
+    holders, threshold, content = numbers(message, "holders"), message.header.get("threshold"), read(message, "keys")
     if type(threshold) is not int or not len(holders) // 2 < threshold <= len(holders) or node not in holders:
         raise ParcelError(f"a threshold of {threshold} for {len(holders)} holders is not above a half and at most all")
     if len(content) != 64 * len(holders):
@@ -191,7 +189,7 @@ def _keep(tag: str, party: MaskingParty) -> Tensors:
         "keys": {str(node): keys.to_bytes().hex() for node, keys in party.keys.items()},
         "sent": party.sent,
     }
-    return {"masks": _write(json.dumps(content).encode())}
+    return {"masks": write(json.dumps(content).encode())}
 
 
 def _recall(tag: str, node: int, kept: Tensors) -> MaskingParty:
@@ -205,27 +203,3 @@ def _recall(tag: str, node: int, kept: Tensors) -> MaskingParty:
         beside = tuple(sorted(other for other in party.keys if other != node))
         party.terms = Terms(tag, {node: beside}, content["threshold"])
     return party
-
-
-def _write(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-
-
-def _read(letter: Parcel, name: str) -> bytes:
-    for full, tensor in letter.tensors.items():
-        if full.rpartition("/")[2] == name and tensor.dtype == torch.uint8:
-            return tensor.numpy().tobytes()
-    raise ParcelError(f"the message lacks {name!r}")
-
-
-def _cut(content: bytes, nodes: Sequence[int]) -> dict[int, bytes]:
-    """Give each node its part of what lies one after another."""
-    size = len(content) // max(len(nodes), 1)
-    return {node: content[size * place : size * (place + 1)] for place, node in enumerate(nodes)}
-
-
-def _numbers(message: Parcel, key: str) -> list[int]:
-    found = message.header.get(key)
-    if not isinstance(found, list) or not all(type(number) is int and number >= 0 for number in found):
-        raise ParcelError(f"the message's {key!r} is {str(found)[:40]!r}; a list of node numbers is needed")
-    return sorted(found)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
 from mycel.errors import ParcelError, RecipeError
+from mycel.guard.contract import Shapes
 from mycel.guard.secagg.keys import Ring
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Tensors
 
-Shapes = Mapping[str, tuple[int, ...]]
 WIDTHS = (16, 32, 64)
 KINDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
