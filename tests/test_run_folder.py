@@ -28,7 +28,7 @@ def full_disk(at: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room", [2_000, 6_000, 16_000, 100_000])
+@pytest.mark.parametrize("room", [3_000, 6_000, 16_000, 100_000])
 def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path, room: int) -> None:
     """The tokens, the log, the first checkpoint, and the model do not fit, one after another."""
     recipe = small_recipe(tmp_path / "data", {"rounds.count": 6})
