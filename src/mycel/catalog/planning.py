@@ -11,6 +11,38 @@ def _planned(name: str, number: int | None, way: str, factory: str, paper: str, 
 
 PLANNING: tuple[Entry, ...] = (
     _planned(
+        "swarm_stages",
+        None,
+        "segments",
+        "trained",
+        "Ryabinin et al. 2023, SWARM Parallelism: Training Large Models Can Be Surprisingly Communication-Efficient",
+        "unequal peers serve by their speed; those that leave change no loss, and those that move keep the pace",
+    ),
+    _planned(
+        "distmm",
+        54,
+        "decisions",
+        "towers",
+        "Huang et al. 2024, DISTMM: Accelerating Distributed Multimodal Model Training",
+        "a batch-sync keeps every negative: gradients of the uncut batch, in a pipeline with short bubbles",
+    ),
+    _planned(
+        "spindle",
+        55,
+        "decisions",
+        "contracted",
+        "Wang et al. 2024, Spindle: Efficient Distributed Training of Multi-Task Large Models via Wavefront Scheduling",
+        "waves of malleable runs end within 1.15 of the continuous optimum, sooner than one task after another",
+    ),
+    _planned(
+        "fusionllm",
+        70,
+        "segments",
+        "two_sites",
+        "Tang et al. 2024, FusionLLM: A Decentralized LLM Training System on Geo-distributed GPUs",
+        "slow links are crossed once; squeezing them alone is 1.45 times as fast or more and costs less of the loss",
+    ),
+    _planned(
         "alpa",
         58,
         "decisions",
