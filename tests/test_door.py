@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -18,10 +19,15 @@ from urllib.parse import urlparse
 import httpx
 import openai
 import pytest
+import torch
 
-from mycel.errors import RunError
+from mycel.door.guessing import open_edge
+from mycel.errors import GenerationError, RunError
+from mycel.generation.request import Request, Sampling, Token
+from mycel.generation.speculation import Proposal
 from mycel.models.base import Base
 from mycel.report import write_serving_report
+from mycel.serve.edge_draft import question
 from small_models import greedy_text, micro, server, write_adapter_folder
 
 PROMPT = "def add(first, second):\n    "
@@ -264,6 +270,82 @@ def test_a_remote_server_is_handed_on_to_behind_keys_of_its_own(place: Place, mo
                 client.completions.create(**{**asked, "model": "none"})
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as wrong:
             wrong.models.list()
+
+
+def test_ranks_read_weights_and_a_draft_guesses_behind_the_door_for_the_same_text(place: Place) -> None:
+    options = ["--tensor-parallel", "2", "--weights", "tiered(1)", "--speculate", "draft:micro"]
+    with server("micro", *options) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as client:
+        asked: dict[str, Any] = {"model": "micro", "max_tokens": 24, "temperature": 0}
+        with ThreadPoolExecutor(3) as threads:
+            prompts = [PROMPT, "import ", "class Name:\n"]
+            answers = list(threads.map(lambda prompt: client.completions.create(prompt=prompt, **asked), prompts))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.choices[0].text == greedy_text(place.base, prompt, 24)
+        metrics = httpx.get(f"{address}/metrics").text
+        steps = float(metrics.partition("\nmycel_iterations ")[2].split()[0])
+        assert steps < 3 * 24 / 2, "nothing was guessed"
+        for span in ("parse", "tokenise", "enter", "queue", "prefill", "decode", "detokenise", "send"):
+            assert f'mycel_span_seconds_count{{span="{span}"}} 3.0' in metrics
+        total = sum(float(line.split()[-1]) for line in metrics.splitlines() if "mycel_span_seconds_sum" in line)
+        whole = float(metrics.partition("\nmycel_request_seconds_sum ")[2].split()[0])
+        assert total >= whole, "the spans leave out a part of the way"
+
+
+def test_an_edge_drafts_and_the_door_verifies(place: Place) -> None:
+    served = open_edge("micro", place.address, KEY, 4, guesses=6)
+    ids = tuple(place.base.tokenizer(PROMPT)["input_ids"])
+
+    def ask(sampling: Sampling, most: int = 24) -> tuple[str, list[int]]:
+        async def read() -> list[Token]:
+            request = Request(ids, most, sampling, ends=served.ends)
+            return [token async for token in served.backend.stream(request)]
+
+        tokens = asyncio.run(read())
+        return "".join(token.text for token in tokens), [token.id for token in tokens]
+
+    try:
+        before = place.gauge("mycel_iterations")
+        assert ask(Sampling())[0] == greedy_text(place.base, PROMPT, 24)
+        assert place.gauge("mycel_iterations") - before <= 24 / 4, "guesses of the same model were refused"
+        drawn = Sampling(1.0, seed=11)
+        assert ask(drawn) == ask(drawn) != ask(Sampling(1.0, seed=12))
+        assert len(ask(Sampling(0.8, top_p=0.9), 40)[1]) == 40
+        assert place.gauge("mycel_pages_held") == 0
+    finally:
+        served.backend.close()
+    with pytest.raises(GenerationError, match="needs a key"):
+        open_edge("micro", place.address, "wrong", 1)
+    with pytest.raises(GenerationError, match="cannot be reached"):
+        open_edge("micro", "http://127.0.0.1:9", "", 1)
+
+
+def _question(**changes: Any) -> bytes:
+    return question([5, 6, 7], Proposal((8, 9), changes.pop("rows", None)), Sampling(), changes.pop("model", "micro"))
+
+
+LIES = {
+    "an unknown model": (_question(model="gpt-9"), 404),
+    "nothing": (b"", 400),
+    "garbage": (b"\x07" * 900, 400),
+    "JSON": (b'{"model": "micro"}', 400),
+    "rows of another vocabulary": (_question(rows=torch.ones(2, 5) / 5), 400),
+    "rows that are no distribution": (_question(rows=torch.ones(2, 2048)), 400),
+    "rows that are no numbers": (_question(rows=torch.full((2, 2048), float("nan"))), 400),
+    "no tokens": (question([], Proposal(()), Sampling(), "micro"), 400),
+    "tokens of another vocabulary": (question([5, 1 << 40], Proposal(()), Sampling(), "micro"), 400),
+    "too many guesses": (question([5], Proposal((6,) * 40), Sampling(), "micro"), 400),
+    "more than the context": (question([5] * 5000, Proposal((6,)), Sampling(), "micro"), 400),
+    "too long": (b"\x00" * (5 << 20), 413),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_bad_questions_are_refused_with_a_sentence(place: Place, lie: str) -> None:
+    frame, status = LIES[lie]
+    answer = place.post("/v1/speculation", frame)
+    assert answer.status_code == status
+    assert len(answer.json()["error"]["message"]) > 20
+    assert place.post("/v1/speculation", frame, Authorization="none").status_code == 401
 
 
 def test_the_report_tells_what_the_journal_holds_and_nothing_that_was_said(place: Place) -> None:
