@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,18 +190,28 @@ def test_malformed_calls_are_refused_and_change_nothing(folder: Path) -> None:
     async def check() -> None:
         async with bench(folder, [(0, 4)]) as made:
             host, pack = made.hosts[0], made.model.boundary.pack
-            right = {"rows": [["s", 0, 2]], "first": 0, "last": 4, "model": made.model.model}
+            model, stop, rows = made.model.model, ["peer-0", 0, 4, ["s"]], torch.tensor([[0, 2, 1]])
+            hidden = torch.zeros(2, 32)
+
+            def step(*stops: list[Any], **tensors: torch.Tensor) -> bytes:
+                header = {"model": model, "stops": list(stops)}
+                return pack("step", header, **{"hidden": hidden, "rows": rows, **tensors})
+
             bad = [
                 b"",
-                pack("other", right, hidden=torch.zeros(2, 32)),
-                pack("step", {**right, "rows": []}, hidden=torch.zeros(2, 32)),
-                pack("step", {**right, "rows": [["s", 0, 2], ["s", 0, 2]]}, hidden=torch.zeros(4, 32)),
-                pack("step", {**right, "rows": [["s", -1, 2]]}, hidden=torch.zeros(2, 32)),
-                pack("step", {**right, "rows": [["s", 0, 1 << 30]]}, hidden=torch.zeros(2, 32)),
-                pack("step", {**right, "last": 9}, hidden=torch.zeros(2, 32)),
-                pack("step", {**right, "model": "else"}, hidden=torch.zeros(2, 32)),
-                pack("step", right, hidden=torch.zeros(2, 31)),
-                pack("step", right, hidden=torch.full((2, 32), torch.inf)),
+                pack("other", {"model": model, "stops": [stop]}, hidden=hidden, rows=rows),
+                pack("step", {"model": "else", "stops": [stop]}, hidden=hidden, rows=rows),
+                step(),
+                step(["peer-0", 0, 4, []], rows=torch.empty(0, 3, dtype=torch.int64)),
+                step(["peer-0", 0, 4, ["s", "s"]], rows=rows.repeat(2, 1), hidden=hidden.repeat(2, 1)),
+                step(["peer-0", 0, 9, ["s"]]),
+                step(stop, rows=torch.tensor([[-1, 2, 1]])),
+                step(stop, rows=torch.tensor([[0, 1 << 30, 1]])),
+                step(stop, rows=rows.float()),
+                step(stop, hidden=torch.zeros(2, 31)),
+                step(stop, hidden=torch.full((2, 32), torch.inf)),
+                step(stop, ["peer-1", 4, 6, ["s"]]),
+                step(stop, ["peer-1", 5, 6, ["s"]], numbers=torch.zeros(1, 16, dtype=torch.uint8)),
                 pack("backward", {"session": "s", "shape": [1, 2]}, gradient=torch.zeros(1, 2, 32)),
             ]
             for frame in bad:

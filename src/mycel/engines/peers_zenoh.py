@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class ZenohPeers(Peers):
         super().__init__(identity)
         self._root, self._session, self._secrets = f"mycel/{swarm}", session, secrets
         self._publishers: dict[str, Any] = {}
+        self._inbox: deque[bytes] = deque()
         self._announcement: bytes | None = None
         self._alive: Any = None
         self._declared: list[Any] = [
-            session.declare_subscriber(f"{self._root}/to/{self.name}", self._later(self._took)),
+            session.declare_subscriber(f"{self._root}/to/{self.name}", self._deliver),
             session.declare_subscriber(f"{self._root}/facts/*", self._later(self._announced)),
             session.declare_queryable(f"{self._root}/facts/{self.name}", self._tell_facts),
         ]
@@ -112,8 +114,15 @@ class ZenohPeers(Peers):
 
         return deliver
 
-    def _took(self, name: str, kind: Any, frame: bytes) -> None:
-        self._arrived(frame)
+    def _deliver(self, sample: Any) -> None:
+        """Take a frame from one of Zenoh's threads."""
+        self._inbox.append(sample.payload.to_bytes())
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            self._loop.call_soon_threadsafe(self._took)
+
+    def _took(self) -> None:
+        frame = self._inbox.popleft()
+        self._arrived(frame, not self._inbox)
 
     def _announced(self, name: str, kind: Any, frame: bytes) -> None:
         self._heard(frame)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from mycel.decisions.routing import Leg
-from mycel.engines.peers import PeerLost, PeerRefused, Peers
-from mycel.errors import EngineError, ModelError, ParcelError
+from mycel.engines.peers import Peers
+from mycel.errors import EngineError, ModelError
+from mycel.generation.linear import quicken
 from mycel.models.cut import Cut
-from mycel.segments.boundary import Boundary, sound
+from mycel.segments.boundary import Boundary
+from mycel.segments.crossing import Crossing
 from mycel.segments.directory import Directory
 from mycel.segments.session import Hop, Session
-
-MOST_ATTEMPTS = 32  # replacements in one step, after which the swarm is too unsteady to go on
+from mycel.segments.steps import Forms
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class SwarmModel:
 
     def __init__(self, peers: Peers, cut: Cut, model: str, codec: str, patience: float) -> None:
         self.peers, self.cut, self.model, self.patience = peers, cut, model, patience
+        self.forms, self.turns = Forms(), itertools.count(1)
         self.width = int(cut.config.hidden_size)
         self.vocabulary = int(cut.config.vocab_size)
         self.context = int(getattr(cut.config, "max_position_embeddings", 0) or 2048)
@@ -89,6 +92,7 @@ class SwarmModel:
             Seconds to wait for blocks that nobody holds.
         """
         cut = await asyncio.to_thread(Cut.open, folder, 0, 0)
+        quicken(cut.model, pack=False)
         return cls(peers, cut, fingerprint(folder), codec, patience)
 
     async def step(self, turns: Sequence[Turn]) -> Tensor:
@@ -120,18 +124,23 @@ class SwarmModel:
             if not turn.session.hops:
                 turn.session.hops = await self._route()
             self._enter(turn, starts[place])
+            turn.session.length = starts[place]  # should the way end early, the session goes on from here
             routes.setdefault(turn.session.route, []).append(place)
-        await asyncio.gather(
-            *(self._travel([turns[place].session for place in places], [starts[place] for place in places])
-              for places in routes.values())
-        )  # fmt: skip
+        crossings = [
+            Crossing(self, [turns[place].session for place in places], [starts[place] for place in places])
+            for places in routes.values()
+        ]
+        if len(crossings) == 1:
+            await crossings[0].run()
+        else:
+            await asyncio.gather(*(crossing.run() for crossing in crossings))
         wanted = []
         for turn, start in zip(turns, starts, strict=True):
             turn.session.length = start + len(turn.tokens)
             states = turn.session.out
             wanted.append(states[len(states) - turn.wanted :])
         with torch.inference_mode():
-            return self.cut.head(torch.cat(wanted)[None])[0]
+            return self.cut.head((wanted[0] if len(wanted) == 1 else torch.cat(wanted))[None])[0]
 
     async def generate(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """Return ``count`` greedy tokens, fewer when one of ``stop`` comes."""
@@ -168,80 +177,15 @@ class SwarmModel:
         return [Hop(leg, torch.empty(0, self.width)) for leg in legs]
 
     def _enter(self, turn: Turn, start: int) -> None:
-        ids = torch.tensor([list(turn.tokens)])
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+        if min(turn.tokens) < 0 or max(turn.tokens) >= self.vocabulary:
             raise ModelError(f"a token is outside the vocabulary of {self.vocabulary:,}")
         with torch.inference_mode():
+            ids = torch.tensor([list(turn.tokens)])
             states = self.cut.embed(ids, torch.arange(start, start + ids.shape[1])[None])[0]
-        turn.session.hops[0].receive(states.clone(), start)
+        turn.session.hops[0].receive(states, start)
 
-    async def _travel(self, sessions: list[Session], starts: list[int]) -> None:
-        """Take sessions that share a route from its first block to its last."""
-        place = attempts = 0
-        lost_at: float | None = None
-        loop = asyncio.get_running_loop()
-        while place < len(sessions[0].hops):
-            hops = [session.hops[place] for session in sessions]
-            began = loop.time()
-            try:
-                answers = await self._cross(hops)
-            except (PeerLost, PeerRefused, ParcelError) as error:
-                attempts += 1
-                if attempts > MOST_ATTEMPTS:
-                    raise EngineError(f"{attempts} peers failed in one step, last: {error}") from error
-                lost_at = began if lost_at is None else lost_at
-                await self._replace(sessions, place, error)
-                continue
-            if lost_at is not None:
-                self.pauses.append(loop.time() - lost_at)
-                lost_at = None
-            for session, hop, (begin, states), start in zip(sessions, hops, answers, starts, strict=True):
-                if place + 1 < len(session.hops):
-                    follower = session.hops[place + 1]
-                    enter = max(begin, min(len(follower.inputs), start))
-                    follower.receive(states[enter - begin :], enter)
-                else:
-                    session.out = states[start - begin :]
-                hop.held = len(hop.inputs)
-            place += 1
-
-    async def _cross(self, hops: list[Hop]) -> list[tuple[int, Tensor]]:
-        """Send what a peer does not hold yet; return for each session from where on it answered, and the states."""
-        leg, known = hops[0].leg, self.directory.known[hops[0].leg.peer]
-        if self.directory.banned(leg.peer):  # it failed at other blocks a moment ago: waiting again would be in vain
-            raise PeerRefused(f"the peer {leg.peer!r} has just failed")
-        counts = [len(hop.inputs) - hop.held for hop in hops]
-        rows = [[hop.key, hop.held, count] for hop, count in zip(hops, counts, strict=True)]
-        total = sum(counts)
-        header = {"rows": rows, "first": leg.first, "last": leg.last, "model": self.model}
-        frame = self.boundary.pack("step", header, hidden=torch.cat([hop.inputs[hop.held :] for hop in hops]))
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        answer = await self.peers.call(leg.peer, "step", frame, known.allowance(total) or self.patience)
-        parcel = Boundary.unpack(answer, ("stepped", "lost"))
-        if parcel.kind == "lost":
-            if all(hop.held == 0 for hop in hops):
-                raise ParcelError(f"the peer {leg.peer!r} says that it lost what it was never sent")
-            self._count_replay(hops)
-            return await self._cross(hops)
-        states = sound(parcel, "hidden", (total, self.width))
-        known.learn(total, loop.time() - started)
-        parts = torch.split(states, counts)
-        return [(hop.held, part) for hop, part in zip(hops, parts, strict=True)]
-
-    async def _replace(self, sessions: list[Session], place: int, error: EngineError | ParcelError) -> None:
-        leg = sessions[0].hops[place].leg
-        if isinstance(error, ParcelError):
-            self.directory.lied(leg.peer)
-        elif isinstance(error, PeerLost):
-            self.directory.late(leg.peer)
-        legs = await self.directory.route(leg.first, leg.last, self.patience, avoid=leg.peer)
-        for session in sessions:
-            self._count_replay([session.hops[place]])
-            session.replayed += len(session.hops[place].inputs)
-            session.hops[place : place + 1] = session.hops[place].replaced(legs)
-
-    def _count_replay(self, hops: list[Hop]) -> None:
+    def count_replay(self, hops: list[Hop]) -> None:
+        """Take note that all inputs of these hops are sent again."""
         for hop in hops:
             self.replays += 1
             hop.held = 0

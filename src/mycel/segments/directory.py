@@ -41,6 +41,7 @@ class Directory:
         self.decision = decision or Fastest()
         self.known: defaultdict[str, Patience] = defaultdict(Patience)
         self.latency: dict[str, float] = {}
+        self.apart: set[tuple[str, str]] = set()  # who cannot hand on to whom, until one of them comes anew
         self._changed = asyncio.Event()
         self._watching = asyncio.create_task(self._watch())
 
@@ -104,6 +105,7 @@ class Directory:
         async for change in self.peers.watch():
             if change.kind == "left":
                 self.latency.pop(change.name, None)
+                self.apart = {pair for pair in self.apart if change.name not in pair}
                 self.known[change.name].banned_until = 0.0
             elif self._offer(change.name, change.facts) is not None and change.name not in self.latency:
                 self.latency[change.name] = await self._probe(change.name)

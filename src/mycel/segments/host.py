@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError, ParcelError
-from mycel.segments.boundary import Boundary, sound
+from mycel.segments.boundary import Boundary, Form, sound
 from mycel.segments.segment import Row, Segment
+from mycel.segments.steps import MOST_ROWS, Forms, Reader, Step
+from mycel.wire.parcel import Parcel
 
-MOST_ROWS = 256  # sessions of one call
 MOST_QUEUED = 1024  # calls that wait
 AT_ONCE = 16  # positions computed without another thread, whose waking would cost a decode step a tenth of its time
+STEPPED = {handed: Form("stepped", {"handed": handed}) for handed in (False, True)}
 
 
 @dataclass
@@ -29,7 +32,7 @@ class _Job:
     rows: list[Row]
     first: int
     last: int
-    done: asyncio.Future[Tensor | None]
+    done: asyncio.Future[Tensor | None] | None
 
 
 class Host:
@@ -55,12 +58,13 @@ class Host:
     def __init__(self, peers: Peers, segment: Segment, model: str) -> None:
         self.peers, self.segment, self.model = peers, segment, model
         self.steps = self.batches = 0
-        self.seconds = 0.0
+        self.seconds = self._lately = 0.0  # the latter: of the last batch
+        self._forms, self._reader, self._busy = Forms(), Reader(), False
         # OpenMP counts its threads for each thread that calls it.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())
-        peers.serve(self.answer)
+        peers.serve(self.answer, self.at_once)
 
     async def start(self, lease: float = 15.0) -> None:
         """Measure, then announce what is served."""
@@ -80,35 +84,68 @@ class Host:
         with contextlib.suppress(asyncio.CancelledError):
             await self._worker
         while not self._queue.empty():
-            self._queue.get_nowait().done.cancel()
+            _fail(self._queue.get_nowait(), EngineError("it leaves"))
         await asyncio.to_thread(self._thread.shutdown)
 
     async def answer(self, sender: str, verb: str, frame: bytes) -> bytes:
         """Answer one call: ``step``, ``close``, ``forward``, ``backward`` or ``echo``."""
         if verb == "echo":
             return frame
+        if verb == "step":
+            return await self._step(sender, frame)
         known: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
-            "step": self._step,
             "close": self._close,
             "forward": self._forward,
             "backward": self._backward,
         }
         if verb not in known:
-            raise EngineError(f"{verb[:40]!r} is none of its verbs: {', '.join(known)}, echo")
+            raise EngineError(f"{verb[:40]!r} is none of its verbs: {', '.join(known)}, step, echo")
         return await known[verb](frame)
 
-    async def _step(self, frame: bytes) -> bytes:
-        parcel = Boundary.unpack(frame, ("step",))
-        rows = _rows(parcel.header.get("rows"))
-        first, last = self._range(parcel.header)
-        hidden = sound(parcel, "hidden", (sum(row.count for row in rows), self.segment.width))
+    def at_once(self, sender: str, verb: str, frame: bytes) -> bytes | Awaitable[bytes] | None:
+        """Answer a step of few positions where it arrives, if nothing else is to be computed with it."""
+        if verb != "step" or self._busy or not self._queue.empty():
+            return None
+        parcel, step = self._read(frame)
+        if len(step.hidden) > AT_ONCE:
+            return None
+        job = _Job(step.hidden, step.session_rows(), step.stops[0].first, step.stops[0].last, None)
+        found = self._run([job]) if self._holds(job) else None
+        return self._answered(sender, parcel, step, found)
+
+    async def _step(self, sender: str, frame: bytes) -> bytes:
+        parcel, step = self._read(frame)
         if self._queue.qsize() >= MOST_QUEUED:
             raise EngineError("it has too much to do; ask later")
         done: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Job(hidden, rows, first, last, done))
-        found = await done
+        stop = step.stops[0]
+        self._queue.put_nowait(_Job(step.hidden, step.session_rows(), stop.first, stop.last, done))
+        answer = self._answered(sender, parcel, step, await done)
+        return answer if isinstance(answer, bytes) else await answer
+
+    def _read(self, frame: bytes) -> tuple[Parcel, Step]:
+        parcel = Boundary.unpack(frame, ("step",))
+        step = self._reader.read(parcel, self.segment.width)
+        self._check(step.model, step.stops[0].first, step.stops[0].last)
+        return parcel, step
+
+    def _answered(self, owner: str, parcel: Parcel, step: Step, found: Tensor | None) -> bytes | Awaitable[bytes]:
+        """Hand on what was computed, and return the owner's answer."""
         boundary = _boundary(parcel.header)
-        return boundary.pack("lost", {}) if found is None else boundary.pack("stepped", {}, hidden=found)
+        if found is None:
+            return boundary.pack("lost", {})
+        handed = len(step.stops) > 1 and self._hand_on(owner, step, found, boundary)
+        frame = boundary.fill(STEPPED[handed], hidden=found)
+        return self._leisurely(frame) if handed else frame
+
+    async def _leisurely(self, frame: bytes) -> bytes:
+        """Wait a little: the next peer is to begin undisturbed where it shares processors with the owner."""
+        await asyncio.sleep(self._lately / 4)
+        return frame
+
+    def _hand_on(self, owner: str, step: Step, hidden: Tensor, boundary: Boundary) -> bool:
+        onwards, number = step.onwards(hidden)
+        return self.peers.hand_on(onwards.stops[0].peer, "step", self._forms.frame(boundary, onwards), owner, number)
 
     async def _close(self, frame: bytes) -> bytes:
         parcel = Boundary.unpack(frame, ("close",))
@@ -149,42 +186,62 @@ class Host:
     async def _compute(self, jobs: list[_Job]) -> None:
         ready = []
         for job in jobs:
-            if self._holds(job):
-                ready.append(job)
-            elif not job.done.done():
-                job.done.set_result(None)
+            try:
+                if self._holds(job):
+                    ready.append(job)
+                elif job.done is not None and not job.done.done():
+                    job.done.set_result(None)
+            except EngineError as error:
+                _fail(job, error)
         if not ready:
             return
-        hidden = torch.cat([job.hidden for job in ready])
-        rows = [row for job in ready for row in job.rows]
-        segment, first, last = self.segment, ready[0].first, ready[0].last
+        self._busy = True
         try:
-            if len(hidden) <= AT_ONCE:
-                found = segment.infer(hidden, rows, first, last)
-            else:
-                found = await self._in_thread(lambda: segment.infer(hidden, rows, first, last))
+            few = sum(len(job.hidden) for job in ready) <= AT_ONCE
+            found = self._run(ready) if few else await self._in_thread(lambda: self._run(ready))
         except Exception as error:  # whoever asked is told; the next batch is computed all the same
             for job in ready:
-                if not job.done.done():
-                    job.done.set_exception(EngineError(str(error)) if not isinstance(error, EngineError) else error)
+                _fail(job, error)
             return
-        self.steps += len(ready)
-        self.batches += 1
+        finally:
+            self._busy = False
         for job, part in zip(ready, torch.split(found, [len(job.hidden) for job in ready]), strict=True):
-            if not job.done.done():
+            if job.done is not None and not job.done.done():
                 job.done.set_result(part)
+
+    def _run(self, jobs: list[_Job]) -> Tensor:
+        started = time.perf_counter()
+        hidden = torch.cat([job.hidden for job in jobs]) if len(jobs) > 1 else jobs[0].hidden
+        rows = [row for job in jobs for row in job.rows]
+        try:
+            found = self.segment.infer(hidden, rows, jobs[0].first, jobs[0].last)
+        except (RuntimeError, LookupError, ValueError) as error:
+            raise EngineError(str(error)) from error
+        self._lately = time.perf_counter() - started
+        self.steps += len(jobs)
+        self.batches += 1
+        return found
 
     def _holds(self, job: _Job) -> bool:
         slab = self.segment.slab
+        for row in job.rows:
+            if slab.turns.get(row.session, 0) > row.turn:
+                raise EngineError("a later step of this session was here before")
         return all(row.start == 0 or slab.lengths.get(row.session, -1) >= row.start for row in job.rows)
 
     def _range(self, header: dict[str, Any]) -> tuple[int, int]:
-        first, last, segment = header.get("first"), header.get("last"), self.segment
-        if header.get("model") != self.model:
-            raise EngineError("it serves another model")
-        if type(first) is not int or type(last) is not int or not segment.first <= first < last <= segment.last:
-            raise EngineError(f"it holds blocks {segment.first} to {segment.last}, not {first} to {last}")
+        first, last = header.get("first"), header.get("last")
+        if type(first) is not int or type(last) is not int:
+            raise ParcelError(f"the header's blocks are {str((first, last))[:60]}: two numbers are needed")
+        self._check(header.get("model"), first, last)
         return first, last
+
+    def _check(self, model: Any, first: int, last: int) -> None:
+        segment = self.segment
+        if model != self.model:
+            raise EngineError("it serves another model")
+        if not segment.first <= first < last <= segment.last:
+            raise EngineError(f"it holds blocks {segment.first} to {segment.last}, not {first} to {last}")
 
     def _shape(self, header: dict[str, Any]) -> tuple[int, ...]:
         shape = header.get("shape")
@@ -207,20 +264,16 @@ class Host:
         return best / (self.segment.last - self.segment.first)
 
 
+def _fail(job: _Job, error: Exception) -> None:
+    if job.done is not None and not job.done.done():
+        job.done.set_exception(EngineError(str(error)) if not isinstance(error, EngineError) else error)
+
+
+@lru_cache(16)
+def _coded(spec: str) -> Boundary:
+    return Boundary(spec)
+
+
 def _boundary(header: dict[str, Any]) -> Boundary:
     spec = header.get("codec", "raw")
-    return Boundary(spec if isinstance(spec, str) else "raw")
-
-
-def _rows(found: Any) -> list[Row]:
-    if not isinstance(found, list) or not 0 < len(found) <= MOST_ROWS:
-        raise ParcelError(f"the header's rows are {str(found)[:60]}: a list of 1 to {MOST_ROWS} is needed")
-    rows = []
-    for row in found:
-        sane = isinstance(row, list) and [type(cell) for cell in row] == [str, int, int] and len(row[0]) <= 64
-        if not sane or not 0 <= row[1] < 1 << 24 or not 0 < row[2] < 1 << 20:
-            raise ParcelError(f"a row reads {str(row)[:80]}: [session, start, count] is needed")
-        rows.append(Row(*row))
-    if len({row.session for row in rows}) != len(rows):
-        raise ParcelError("one session stands twice in a step")
-    return rows
+    return _coded(spec if isinstance(spec, str) else "raw")

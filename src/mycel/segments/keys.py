@@ -28,11 +28,12 @@ class Slab:
         self.most, self.positions = sessions, positions
         self.slots: dict[str, int] = {}  # in the order of their last use
         self.lengths: dict[str, int] = {}
+        self.turns: dict[str, int] = {}  # of the latest step of each
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._free: list[int] = []
 
-    def enter(self, session: str, start: int) -> None:
-        """Find a session that goes on at ``start``; what it holds beyond is taken back.
+    def enter(self, session: str, start: int, turn: int = 0) -> None:
+        """Find a session that goes on at ``start`` with its step ``turn``; what it holds beyond is taken back.
 
         Raises
         ------
@@ -46,13 +47,13 @@ class Slab:
                 self.drop(next(iter(self.slots)))
             self.slots[session] = self._free.pop() if self._free else len(self.slots)
         self.slots[session] = self.slots.pop(session)
-        self.lengths[session] = start
+        self.lengths[session], self.turns[session] = start, turn
 
     def drop(self, session: str) -> None:
         """Forget a session."""
         if session in self.slots:
             self._free.append(self.slots.pop(session))
-            del self.lengths[session]
+            del self.lengths[session], self.turns[session]
 
     def rows(self, sessions: list[str], count: int, first: int) -> Rows:
         """Return a cache in which blocks from ``first`` on see these sessions, each with ``count`` new positions."""
@@ -61,11 +62,14 @@ class Slab:
             raise EngineError(f"a session of {longest:,} positions; at most {self.positions:,} are held here")
         return Rows(self, sessions, count, first)
 
-    def store(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, places: Tensor, longest: int) -> None:
-        """Write new keys and values, of shape (rows, heads, new, width), at (slot, place)."""
-        self._grow(layer, keys, values, int(slots.max()) + 1, longest)
+    def store(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> None:
+        """Write new keys and values, of shape (rows, heads, new, width), where the rows say."""
+        self._grow(layer, keys, values, rows.top, rows.longest)
         for store, new in zip(self.layers[layer], (keys, values), strict=True):
-            store[slots[:, None], :, places] = new.transpose(1, 2)
+            if rows.alone:
+                store[rows.top - 1, :, rows.past : rows.longest] = new[0]
+            else:
+                store[rows.slots[:, None], :, rows.places] = new.transpose(1, 2)
 
     def _grow(self, layer: int, keys: Tensor, values: Tensor, slots: int, longest: int) -> None:
         held = self.layers.get(layer)
@@ -90,31 +94,32 @@ class Rows(Cache):  # type: ignore[misc]
     def __init__(self, slab: Slab, sessions: list[str], count: int, first: int) -> None:
         self.layers: list[Any] = []
         self.slab, self.first = slab, first
-        self.slots = torch.tensor([slab.slots[session] for session in sessions])
-        self.starts = torch.tensor([slab.lengths[session] for session in sessions])
-        self.longest = int(self.starts.max()) + count
+        slots = [slab.slots[session] for session in sessions]
+        starts = [slab.lengths[session] for session in sessions]
+        self.alone, self.top, self.past = len(slots) == 1, max(slots) + 1, max(starts)
+        self.longest = self.past + count
+        self.slots, self.starts = torch.tensor(slots), torch.tensor(starts)
         self.places = self.starts[:, None] + torch.arange(count)
-        first = int(self.slots[0])
-        in_line = torch.equal(self.slots, torch.arange(first, first + len(sessions)))
-        self.where: Any = slice(first, first + len(sessions)) if in_line else self.slots
+        in_line = slots == list(range(slots[0], slots[0] + len(slots)))
+        self.where: Any = slice(slots[0], slots[0] + len(slots)) if in_line else self.slots
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write the new positions and return all, ``(rows, heads, longest, width)``."""
         layer = layer_idx + self.first  # a cut numbers its blocks from 0
-        self.slab.store(layer, key_states, value_states, self.slots, self.places, self.longest)
+        self.slab.store(layer, key_states, value_states, self)
         keys, values = self.slab.layers[layer]
         return keys[self.where, :, : self.longest], values[self.where, :, : self.longest]
 
     def mask(self) -> Tensor | None:
         """Return the mask of rows with one new position each: 0 where a row has a key, very low beyond."""
-        if len(self.slots) == 1:
+        if self.alone:
             return None
         beyond = torch.arange(self.longest) > self.starts[:, None]
         return torch.zeros(beyond.shape).masked_fill_(beyond, torch.finfo(torch.float32).min)[:, None, None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the positions that were there before."""
-        return int(self.starts.max())
+        return self.past
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how many positions are seen, and where they begin."""

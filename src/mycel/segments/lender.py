@@ -13,6 +13,7 @@ import torch
 from mycel.decisions.placement import Held, Neediest, Range, Situation
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError
+from mycel.generation.linear import quicken
 from mycel.models.anatomy import anatomy
 from mycel.models.cut import Cut, read_config
 from mycel.models.shards import Shards
@@ -106,7 +107,9 @@ class Lender:
         return await asyncio.to_thread(self._open, first, last)
 
     def _open(self, first: int, last: int) -> Segment:
-        return Segment(Cut.open(self.folder, first, last, embed=False, head=False), slab=Slab())
+        cut = Cut.open(self.folder, first, last, embed=False, head=False)
+        quicken(cut.model, pack=False)
+        return Segment(cut, slab=Slab())
 
     def _situation(self, now: Range | None, throughput: float) -> Situation:
         others = tuple(

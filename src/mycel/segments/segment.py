@@ -27,11 +27,14 @@ class Row:
         Place of the first; positions before it are held here, those after it are taken back.
     count : int
         How many there are.
+    turn : int
+        Number of this step among the session's; it rises.
     """
 
     session: str
     start: int
     count: int
+    turn: int = 0
 
 
 class Segment:
@@ -79,9 +82,11 @@ class Segment:
         if sum(row.count for row in rows) != len(hidden_ND) or len({row.session for row in rows}) != len(rows):
             raise EngineError("the rows do not share out the positions that came")
         for row in rows:
-            self.slab.enter(row.session, row.start)
-        pieces = dict(zip(rows, torch.split(hidden_ND, [row.count for row in rows]), strict=True))
+            self.slab.enter(row.session, row.start, row.turn)
         with torch.inference_mode():
+            if len(rows) == 1:
+                return self._run(hidden_ND[None], rows, first, last)[0]
+            pieces = dict(zip(rows, torch.split(hidden_ND, [row.count for row in rows]), strict=True))
             single = [row for row in rows if row.count == 1] if self.together else []
             if len(single) > 1:
                 stacked = torch.stack([pieces[row] for row in single])

@@ -11,36 +11,47 @@ from torch import Tensor
 from mycel.decisions.routing import Leg
 
 
-@dataclass
 class Hop:
     """A leg of the route with everything that was sent into it.
 
-    Attributes
+    Parameters
     ----------
     leg : Leg
         Peer and blocks.
-    key : str
-        The session's name at that peer, which nobody else can guess.
     inputs : Tensor
         ``[positions, width]``: enough to rebuild the peer's keys and values anywhere.
+
+    Attributes
+    ----------
+    key : str
+        The session's name at that peer, known to it and to the peer before it.
     held : int
         Positions that the peer is known to hold.
     """
 
-    leg: Leg
-    inputs: Tensor
-    key: str = field(default_factory=lambda: os.urandom(16).hex())
-    held: int = 0
+    def __init__(self, leg: Leg, inputs: Tensor) -> None:
+        self.leg, self._kept, self._length = leg, inputs, len(inputs)
+        self.key = os.urandom(16).hex()
+        self.held = 0
+
+    @property
+    def inputs(self) -> Tensor:
+        """Return what was sent, ``[positions, width]``."""
+        return self._kept[: self._length]
 
     def receive(self, states: Tensor, start: int) -> None:
         """Keep what enters here from position ``start`` on, in place of what was there."""
-        self.inputs = torch.cat([self.inputs[:start], states])
+        self._length = start + len(states)
+        if self._length > len(self._kept):
+            grown = states.new_empty(max(2 * len(self._kept), self._length), states.shape[1])
+            grown[:start] = self._kept[:start]
+            self._kept = grown
+        self._kept[start : self._length] = states
         self.held = min(self.held, start)
 
     def replaced(self, legs: tuple[Leg, ...]) -> list[Hop]:
         """Return the hops that take this one's place: the first has all inputs, and nobody holds anything yet."""
-        empty = self.inputs[:0]
-        return [Hop(leg, self.inputs if place == 0 else empty) for place, leg in enumerate(legs)]
+        return [Hop(leg, self.inputs if place == 0 else self.inputs[:0]) for place, leg in enumerate(legs)]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mycel.decisions.routing import Leg
-from mycel.engines.peers import PeerLost, PeerRefused
+from mycel.engines.calls import PeerLost, PeerRefused
 from mycel.errors import EngineError, ParcelError
 from mycel.segments.boundary import Boundary, sound
 from mycel.segments.client import SwarmModel

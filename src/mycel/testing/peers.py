@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from mycel.engines.peers import Answer, Change, PeerLost, PeerRefused, Peers
+from mycel.engines.calls import Answer, PeerLost, PeerRefused
+from mycel.engines.peers import Change, Peers
 from mycel.errors import EngineError
 from mycel.testing.laws import law
 
@@ -26,8 +27,11 @@ async def check_peers(join: Join, stranger: Join | None = None) -> None:
     stranger : callable, optional
         Returns one who holds no certificate of that swarm's authority.
     """
-    for each in (_sees_members, _answers, _fails, _streams, _loses):
-        members = [await join(f"{each.__name__.strip('_').replace('_', '-')}-{index}") for index in range(2)]
+    laws: tuple[tuple[Callable[..., Awaitable[None]], int], ...] = (
+        (_sees_members, 2), (_answers, 2), (_hands_on, 3), (_fails, 2), (_streams, 2), (_loses, 2),
+    )  # fmt: skip
+    for each, count in laws:
+        members = [await join(f"{each.__name__.strip('_').replace('_', '-')}-{index}") for index in range(count)]
         try:
             await asyncio.wait_for(each(*members), 3 * PATIENCE)
         finally:
@@ -89,6 +93,23 @@ async def _answers(one: Peers, two: Peers) -> None:
         law(found == f"{one.name} asks repeat: ".encode() + frame, "an answer is what the handler made of the frame")
     many = await asyncio.gather(*(one.call(two.name, "repeat", b"%d" % n, PATIENCE) for n in range(64)))
     law([found.rpartition(b" ")[2] for found in many] == [b"%d" % n for n in range(64)], "answers meet their calls")
+
+
+async def _hands_on(one: Peers, two: Peers, three: Peers) -> None:
+    async def pass_on(sender: str, verb: str, frame: bytes) -> Answer:
+        law(two.hand_on(three.name, "repeat", b"news", sender, frame), "a member that is there can be asked")
+        law(not two.hand_on("nobody", "repeat", b"", sender, frame), "a member that is not there cannot")
+        return b"done"
+
+    await _meet(two, three)
+    await _meet(one, two)
+    two.serve(pass_on)
+    await until(lambda: three.name in one.members(), "a member sees all others")
+    ticket = one.expect(three.name)
+    law(await one.call(two.name, "pass", ticket.number, PATIENCE) == b"done", "whoever hands on answers too")
+    found = await one.answer((ticket,), PATIENCE)
+    law(found == f"{one.name} asks repeat: news".encode(), "what is handed on is answered to the first who asked")
+    await _raised(PeerLost, one.answer((one.expect(three.name),), 0.05))
 
 
 async def _fails(one: Peers, two: Peers) -> None:
