@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from mycel.catalog.entry import Entry
 from mycel.catalog.generating import GENERATING
+from mycel.catalog.inside import INSIDE
 from mycel.catalog.planning import PLANNING
 from mycel.catalog.pretraining import PRETRAINING
 from mycel.catalog.swarming import SWARMING
@@ -14,7 +15,7 @@ from mycel.errors import RecipeError
 
 __all__ = ["ENTRIES", "Entry", "entry"]
 
-ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING, *PLANNING, *SWARMING, *GENERATING)
+ENTRIES: tuple[Entry, ...] = (*TUNING, *PRETRAINING, *PLANNING, *INSIDE, *SWARMING, *GENERATING)
 
 
 def entry(name: str) -> Entry:

@@ -1,0 +1,201 @@
+"""Ranks die and training goes on: the same losses and weights, no survivor started again, whatever the moment."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mycel.collectives.copies import DiskCopies, MemoryCopies
+from mycel.collectives.formation import Formation, Segment, even, restoration
+from mycel.collectives.membership import Line, announce, open_store
+from mycel.decisions.replicas import Machines, Mixed, every_placement, survival
+from mycel.decisions.templates import Covering, Nodes, covers, divided, template, templates
+from mycel.errors import EngineError, ParcelError, RecipeError, RunError
+from mycel.pretrain.bamboo import Bamboo
+from mycel.pretrain.drill import Outcome, drilled
+from mycel.pretrain.drill_rank import Drill
+from mycel.pretrain.oobleck import Oobleck, filled
+from mycel.testing.decisions import check_decision
+
+SMALL = {"steps": 4, "shape": (4, 16, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Outcome:
+    return drilled(Drill("gemini", **SMALL))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("system", "deaths", "survivors"),
+    [
+        ("bamboo", ((1, 2, "backward", 1), (2, 0, "forward", 2)), 2),
+        ("bamboo", ((2, 3, "apply", 1),), 3),
+        ("oobleck", ((1, 1, "exchange", 1), (3, 3, "commit", 1)), 3),
+        ("gemini", ((2, 1, "forward", 2),), 3),
+        ("gemini", ((3, 2, "apply", 1),), 3),
+    ],
+)
+def test_whoever_dies_whenever_the_losses_and_weights_are_those_of_an_undisturbed_run(
+    undisturbed: Outcome, system: str, deaths: tuple[tuple[int, int, str, int], ...], survivors: int
+) -> None:
+    ranks = len(deaths) + survivors if system != "gemini" else 4
+    found = drilled(Drill(system, deaths=deaths, ranks=ranks, **SMALL))  # type: ignore[arg-type]
+    assert sorted(found.losses) == sorted(undisturbed.losses)
+    assert found.weights.keys() == undisturbed.weights.keys()
+    assert found.apart(undisturbed) < 1e-6
+    assert found.survivors == survivors
+    assert found.lost_steps <= (1 if system == "gemini" else 0)
+
+
+@pytest.mark.slow
+def test_when_a_stage_and_its_shadow_die_together_the_disk_is_asked(undisturbed: Outcome) -> None:
+    deaths = ((3, 1, "commit", 1), (3, 2, "commit", 1))
+    found = drilled(Drill("bamboo", deaths=deaths, save_every=2, **SMALL))  # type: ignore[arg-type]
+    assert found.apart(undisturbed) < 1e-6
+    assert found.survivors == 2
+    assert found.lost_steps == 1
+
+
+@pytest.mark.slow
+def test_what_was_computed_ahead_of_a_death_is_not_computed_again() -> None:
+    found = drilled(Drill("bamboo", deaths=((2, 2, "backward", 1),), **SMALL))  # type: ignore[arg-type]
+    # Ranks 0 and 1 keep their own forward of all four pieces, rank 1 that of its dead successor too.
+    assert found.spared >= 12
+
+
+def test_a_rank_that_was_taken_for_dead_is_fenced_off() -> None:
+    store = open_store()
+    line = Line(store.port, 1)
+    announce(store, 0, [0, 1], [0, 1])
+    announce(store, 1, [0], [])
+    with pytest.raises(EngineError, match="without rank 1"):
+        line.join()
+
+
+@given(st.data())
+def test_the_newest_version_that_can_be_put_together_is_restored(data: st.DataObject) -> None:
+    versions = st.sets(st.integers(0, 3))
+    inventories = {
+        member: {unit: data.draw(versions) for unit in range(3)} for member in range(data.draw(st.integers(1, 3)))
+    }
+    needs = {member: data.draw(st.sets(st.integers(0, 2))) for member in inventories}
+    wanted = set().union(*needs.values())
+    whole = [v for v in range(4) if all(any(v in held[u] for held in inventories.values()) for u in wanted)]
+    if wanted and not whole:
+        with pytest.raises(EngineError, match="is held by no rank that is left"):
+            restoration(needs, inventories)
+    elif wanted:
+        version, transfers = restoration(needs, inventories)
+        assert version == max(whole)
+        arrived = {(transfer.target, transfer.unit) for transfer in transfers}
+        assert len(arrived) == len(transfers)
+        assert all(version in inventories[transfer.source][transfer.unit] for transfer in transfers)
+        for member, units in needs.items():
+            assert all((version in inventories[member][unit]) != ((member, unit) in arrived) for unit in units)
+
+
+@given(st.integers(2, 5), st.lists(st.integers(0, 4), unique=True, max_size=4), st.integers(1, 2))
+def test_formations_hold_every_unit_whoever_is_gone(size: int, gone: list[int], pipelines: int) -> None:
+    epochs, units, pieces = [list(range(size))], 7, 6
+    for member in gone:
+        if member in epochs[-1] and len(epochs[-1]) > 1:
+            epochs.append([other for other in epochs[-1] if other != member])
+            for system in (Bamboo(units, pieces, pipelines), Oobleck((1.0,) * units, pieces, 1, min(1, size - 1))):
+                formation = system.formation(epochs)
+                formation.check(units, pieces)
+                assert set(formation.needs()) <= set(epochs[-1])
+    bamboo = Bamboo(units, pieces).formation(epochs)
+    twice = [unit for shadow in bamboo.shadows for unit in shadow.units]
+    assert sorted(twice) == (list(range(units)) if len(epochs[-1]) > 1 else [])
+
+
+def test_a_formation_that_misses_something_is_refused() -> None:
+    with pytest.raises(RecipeError, match="not every one of 3 units"):
+        Formation(((Segment(0, 0, 2),),), ((0,),)).check(3, 1)
+    with pytest.raises(RecipeError, match="not each of 2 once"):
+        Formation(((Segment(0, 0, 3),),), ((0,),)).check(3, 2)
+    with pytest.raises(RecipeError, match="at most one rank for each block"):
+        even(4, range(3))
+    with pytest.raises(EngineError, match="the model needs 3"):
+        filled([[1], [2]], 3)
+
+
+def test_templates_and_their_cover_are_the_best_of_all() -> None:
+    chance = random.Random(4)
+    for _ in range(40):
+        costs = [chance.uniform(0.2, 2) for _ in range(chance.randint(2, 7))]
+        nodes = chance.randint(1, len(costs))
+        slowest = min(
+            max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True))
+            for cuts in combinations(range(1, len(costs)), nodes - 1)
+        )
+        assert template(costs, nodes).slowest == pytest.approx(slowest)
+    known = tuple(templates([1.0] * 8, 2, 6).items())
+    cases = [Nodes(count, known, pieces, faults) for count in (4, 6, 9) for pieces in (4, 8) for faults in (0, 1)]
+
+    def exact(nodes: Nodes) -> float:
+        sound = [cover for cover in covers(nodes) if not Covering().fault(nodes, cover)]
+        held = [[dict(nodes.known)[size] for size in cover] for cover in sound]
+        return min(_best_division(each, nodes.pieces) for each in held)
+
+    check_decision(Covering(), cases, exact)
+    with pytest.raises(EngineError, match="cannot make 3 pipelines"):
+        Covering().decide(Nodes(4, known, 8, 2))
+
+
+def _best_division(held: list, pieces: int) -> float:  # type: ignore[type-arg]
+    cuts = combinations(range(1, pieces), len(held) - 1)
+    counts = [[b - a for a, b in zip((0, *cut), (*cut, pieces), strict=True)] for cut in cuts]
+    best = min(max(each.seconds(count) for each, count in zip(held, way, strict=True)) for way in counts)
+    assert max(each.seconds(count) for each, count in zip(held, divided(held, pieces), strict=True)) == best
+    return best
+
+
+@pytest.mark.parametrize("machines", [Machines(4, 2, 2), Machines(5, 2, 2), Machines(3, 2, 1), Machines(6, 2, 2)])
+def test_no_placement_of_copies_survives_more_than_groups_do(machines: Machines) -> None:
+    placements = every_placement(machines) if machines.count < 6 else []
+    best = min((Mixed().cost(machines, placement) for placement in placements), default=0.2)
+    found = Mixed().cost(machines, Mixed().decide(machines))
+    assert not Mixed().fault(machines, Mixed().decide(machines))
+    assert found == pytest.approx(best) if machines.count % machines.copies == 0 else found <= best + 0.1
+    assert survival(Mixed().decide(machines), machines.copies - 1) == 1.0
+
+
+def test_more_copies_than_machines_are_refused() -> None:
+    with pytest.raises(RecipeError, match="3 copies are to lie on 2 machines"):
+        Mixed().decide(Machines(2, 3))
+
+
+def test_a_unit_on_disk_is_whole_or_not_there(tmp_path: Path) -> None:
+    disk = DiskCopies(tmp_path, 2)
+    state = {"weight.a": torch.arange(6.0)}
+    disk.save(3, 0, state)
+    assert disk.versions() == []
+    disk.save(3, 1, state)
+    assert disk.versions() == [3]
+    assert torch.equal(disk.load(3, 1)["weight.a"], state["weight.a"])
+    path = next((tmp_path / "00000003").glob("1-*"))
+    content = path.read_bytes()
+    for cut in (0, 7, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(RunError, match="is damaged"):
+            disk.load(3, 1)
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(RunError, match="its hash is another"):
+        disk.load(3, 1)
+
+
+@settings(max_examples=30)
+@given(st.binary(max_size=200))
+def test_a_copy_in_memory_that_is_no_parcel_is_refused(content: bytes) -> None:
+    copies = MemoryCopies((), (), 1)
+    copies._versions[1] = [content]
+    with pytest.raises(ParcelError):
+        copies.versions()
