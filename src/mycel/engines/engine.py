@@ -17,8 +17,8 @@ class Request:
     ----------
     generation : int
         Number of the lease; an answer that carries an older one is late.
-    frame : bytes
-        The serialised brief.
+    frame : bytes or Kept
+        The serialised brief, or where it waits.
     asked : float
         When it was sent, in the engine's seconds.
     seconds : float
@@ -30,7 +30,7 @@ class Request:
 
     node: int
     generation: int
-    frame: bytes
+    frame: Frame
     asked: float
     seconds: float
     ready: float | None = None

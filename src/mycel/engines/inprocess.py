@@ -79,7 +79,7 @@ class InProcessEngine:
             return
         start = self.kept.get(request.node, b"") if home is None else home
         self._pending[request.generation] = Pending(request, start)
-        work = self.labour.submit(self.arm, request.node, request.frame, start, self._leaves(request))
+        work = self.labour.submit(self.arm, request.node, bytes(request.frame), start, self._leaves(request))
         work.add_done_callback(_take_notice)
         life = _loop().create_task(self._live(request, work))
         self._lives.add(life)

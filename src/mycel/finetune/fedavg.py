@@ -42,6 +42,7 @@ class FedAvg(System):
 
     Knobs: ClassVar[type[Knobs]] = FedAvgKnobs
     needs = "sum"
+    separable = True
 
     def begin(self, world: World) -> State:
         """Start from the trainable's initial state, or from the adapter that the recipe names."""

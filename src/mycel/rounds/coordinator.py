@@ -17,13 +17,15 @@ from mycel.rounds.algebra import discount
 from mycel.rounds.guarding import Guarding
 from mycel.rounds.leases import Lease, Leases
 from mycel.rounds.pace import Pace, View
+from mycel.rounds.pieces import goes_in_pieces, step_in_pieces, waits_in_a_file
 from mycel.rounds.progress import Progress, Record
 from mycel.rounds.sealing import is_letter
 from mycel.rounds.site import limits
-from mycel.rounds.system import Answer, Shelved, State, System, check_answer, check_shapes, group
+from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Shelf
+from mycel.wire.waiting import Shelved, Waiting
 
 ATTEMPTS = 8  # at a round whose sum cannot be opened, one after another
 
@@ -61,7 +63,10 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.guarding = Guarding(self.world, self.system)
-        self.leases = Leases(self.world, self.system, self.engine, self.record, self.progress, wiretap=self.wiretap)
+        self.leases = Leases(
+            self.world, self.system, self.engine, self.record, self.progress, wiretap=self.wiretap, shelf=self.shelf
+        )
+        self._in_pieces = goes_in_pieces(self.world.recipe, self.system)
 
     async def run(self) -> State:
         """Run every round that is left, deliver the result to every node, and return the final state."""
@@ -209,15 +214,15 @@ class Coordinator:
     def _filter(self, arrival: Arrival, lease: Lease) -> tuple[Answer, Any]:
         """Return the answer, once it is found sound, and the loss it reports."""
         rounds, bounds = self.world.recipe.rounds, limits(self.world.recipe.wire, self.world.base)
-        parcel = self.leases.open(arrival)
-        hidden = self.guarding.current if lease.kind == "work" else None
-        check_answer(self.system, parcel, sealed=hidden is not None)
-        if hidden is not None:
-            hidden.check(arrival.node, parcel)
-        elif lease.expects is not None:
-            check_shapes(group(parcel.tensors, "update"), lease.expects)
-        if lease.kind == "work":
-            self.system.inspect(self.progress.state, arrival.node, parcel)
+        kept = self.shelf.keep(arrival.frame)
+        parcel: Parcel | Waiting
+        if self._in_pieces and kept.path is not None and lease.kind == "work":
+            parcel = Waiting.of(kept, bounds)
+            check_answer(self.system, parcel)
+            check_shapes(parcel.tensors.under("update/"), lease.expects or {})
+        else:
+            parcel = self.leases.open(arrival)
+            self._inspect(parcel, arrival.node, lease)
         scores = parcel.header.get("scores")
         if scores is not None:
             if not isinstance(scores, list) or len(scores) != 3:
@@ -226,8 +231,18 @@ class Coordinator:
         staleness = self.progress.version - lease.version
         samples = int(parcel.header.get("samples", 0))
         weight = samples * discount(staleness, rounds.staleness)
-        sent = Shelved(self.shelf.keep(arrival.frame), bounds)
-        return Answer(arrival.node, sent, samples, staleness, weight), parcel.header.get("loss")
+        return Answer(arrival.node, Shelved(kept, bounds), samples, staleness, weight), parcel.header.get("loss")
+
+    def _inspect(self, parcel: Parcel, node: int, lease: Lease) -> None:
+        """Refuse an answer that is not what was asked for."""
+        hidden = self.guarding.current if lease.kind == "work" else None
+        check_answer(self.system, parcel, sealed=hidden is not None)
+        if hidden is not None:
+            hidden.check(node, parcel)
+        elif lease.expects is not None:
+            check_shapes(group(parcel.tensors, "update"), lease.expects)
+        if lease.kind == "work":
+            self.system.inspect(self.progress.state, node, parcel)
 
     async def _combine(self) -> None:
         done = self.progress
@@ -240,7 +255,10 @@ class Coordinator:
         except ParcelError as error:
             self._abandon(str(error))
             return
-        if answers:
+        if answers and self._in_pieces and any(map(waits_in_a_file, answers)):
+            self.leases.forget()
+            done.state = step_in_pieces(self.system, done.state, answers)
+        elif answers:
             done.state = self.system.step(done.state, self.system.combine(done.state, answers))
         done.version += 1
         self._present, self._attempts = None, 0

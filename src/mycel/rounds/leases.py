@@ -17,9 +17,10 @@ from mycel.rounds.sealing import is_letter
 from mycel.rounds.site import limits
 from mycel.rounds.system import System
 from mycel.rounds.world import World
-from mycel.wire.codecs import parse_codec
+from mycel.wire.codecs import RAW, parse_codec
 from mycel.wire.meter import Meter
 from mycel.wire.parcel import Parcel
+from mycel.wire.shelf import Frame, Shelf
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Leases:
         The coordinator's; generations and drops are counted there.
     wiretap : callable, optional
         Sees every frame that crosses: ``(direction, node, kind, frame)``.
+    shelf : Shelf
+        Where briefs wait that are too large for memory.
     """
 
     world: World
@@ -54,7 +57,8 @@ class Leases:
     held: dict[int, Lease] = field(default_factory=dict)
     deadlines: Deadlines = field(default_factory=Deadlines)
     wiretap: Callable[[str, int, str, bytes], None] | None = None
-    _sent: tuple[Parcel, bytes] | None = None
+    shelf: Shelf = field(default_factory=Shelf)
+    _sent: tuple[Parcel, Frame] | None = None
 
     def grant(self, node: int, brief: Parcel) -> None:
         """Send ``node`` a brief: it holds a lease from now on."""
@@ -71,11 +75,17 @@ class Leases:
         self.held[node] = Lease(request, self.progress.version, brief.kind, expects, self._deadline(request))
         self.engine.ask(request)
 
-    def _serialise(self, brief: Parcel) -> bytes:
+    def _serialise(self, brief: Parcel) -> Frame:
         """Encode a brief; nodes that are told the same share one frame, or a thousand would fill the memory."""
         if self._sent is None or not _same(self._sent[0], brief):
-            self._sent = brief, brief.to_bytes(parse_codec(self.world.recipe.wire.brief_codec))
+            codec = parse_codec(self.world.recipe.wire.brief_codec)
+            large = codec is RAW and brief.size > self.shelf.budget
+            self._sent = brief, self.shelf.file(brief.to_file, brief.size) if large else brief.to_bytes(codec)
         return self._sent[1]
+
+    def forget(self) -> None:
+        """Let go of the latest brief, whose tensors may be the state's."""
+        self._sent = None
 
     def settle(self, arrival: Arrival) -> Lease | None:
         """End the lease that an arrival belongs to and return it; None for one that comes late or tells of a loss."""
@@ -90,8 +100,7 @@ class Leases:
             self.drop(node, "lost", arrival.refusal, arrival.at)
             return lease
         self.meter.count(node, "up", _purpose(lease.kind), size)
-        if self.wiretap is not None:
-            self._tap("up", node, lease.kind, bytes(arrival.frame))
+        self._tap("up", node, lease.kind, arrival.frame)
         if lease.request.ready is not None:
             self.progress.busy[node] = arrival.computed + lease.request.seconds
         if not is_letter(lease.kind):  # how soon keys come says nothing of how long work takes
@@ -141,9 +150,9 @@ class Leases:
     def _deadline(self, request: Request) -> float | None:
         return self.deadlines.of(request, self.engine, self.world.recipe.rounds.patience)
 
-    def _tap(self, direction: str, node: int, kind: str, frame: bytes) -> None:
+    def _tap(self, direction: str, node: int, kind: str, frame: Frame) -> None:
         if self.wiretap is not None:
-            self.wiretap(direction, node, kind, frame)
+            self.wiretap(direction, node, kind, bytes(frame))
 
 
 def _purpose(kind: str) -> str:

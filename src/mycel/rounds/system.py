@@ -7,19 +7,20 @@ its paper changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from mycel.collectives.layout import ranks_of
 from mycel.errors import ParcelError, RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
-from mycel.wire.parcel import Limits, Parcel, Tensors
-from mycel.wire.shelf import Kept
+from mycel.wire.parcel import Parcel, Tensors
+from mycel.wire.waiting import Loadable, Waiting
 
 if TYPE_CHECKING:
     from mycel.models.trainable import Trainable
@@ -89,18 +90,6 @@ class State:
 
 
 @dataclass(frozen=True)
-class Shelved:
-    """A parcel whose frame waits on a shelf; it is decoded each time it is asked for, so many take no memory."""
-
-    frame: Kept
-    limits: Limits
-
-    def load(self) -> Parcel:
-        """Decode the parcel."""
-        return Parcel.from_bytes(bytes(self.frame), self.limits)
-
-
-@dataclass(frozen=True)
 class Answer:
     """One party's sound answer as it reaches ``combine``.
 
@@ -108,7 +97,7 @@ class Answer:
     ----------
     node : int
         Who answered.
-    sent : Parcel or Shelved
+    sent : Parcel or Loadable
         What came, checked.
     samples : int
         Training examples the party holds.
@@ -119,7 +108,7 @@ class Answer:
     """
 
     node: int
-    sent: Parcel | Shelved
+    sent: Parcel | Loadable
     samples: int
     staleness: int
     weight: float
@@ -163,6 +152,9 @@ class System:
     needs : {"sum", "individuals"}
         What ``combine`` must be given: ``sum`` where one answer that is the weighted mean of all would do as well.
         A subclass with a ``combine`` of its own needs individuals unless it says otherwise.
+    separable : bool
+        Whether ``combine`` and ``step`` treat each tensor of the shared state by itself, and keep nothing else. A
+        subclass with a way of its own is taken not to unless it says otherwise.
     feedback : str
         Why error feedback is unsound here; empty where it is sound.
     ahead : bool
@@ -177,14 +169,17 @@ class System:
     paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
     moves_base: ClassVar[bool] = False
     needs: ClassVar[Literal["sum", "individuals"]] = "individuals"
+    separable: ClassVar[bool] = False
     feedback: ClassVar[str] = ""
-    ahead: ClassVar[bool] = False
+    ahead: bool = False
     inside: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "needs" not in cls.__dict__ and {"combine", "leaves"} & cls.__dict__.keys():
             cls.needs = "individuals"
+        if "separable" not in cls.__dict__ and {"combine", "step", "leaves", "expects", "padded"} & cls.__dict__.keys():
+            cls.separable = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -252,7 +247,7 @@ def group(tensors: Tensors, role: str) -> Tensors:
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def check_answer(system: System, answer: Parcel, sealed: bool = False) -> None:
+def check_answer(system: System, answer: Parcel | Waiting, sealed: bool = False) -> None:
     """Refuse an answer that holds a role, a report or a value that the system does not declare.
 
     ``sealed`` answers hold what a guard made of the declared roles, which the guard itself checks.
@@ -278,12 +273,13 @@ def check_answer(system: System, answer: Parcel, sealed: bool = False) -> None:
         raise ParcelError(f"the report 'samples' is {str(samples)[:40]!r}; it counts examples, of which there is one")
 
 
-def check_shapes(update: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(update: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     """Refuse an update whose names or shapes differ from what was asked for."""
     for name in sorted(set(update) ^ set(expected)):
         raise ParcelError(f"tensor {name!r} is {'not expected' if name in update else 'missing'} in the answer")
     for name, shape in expected.items():
-        if tuple(update[name].shape) != shape:
-            raise ParcelError(f"tensor {name!r} has the shape {tuple(update[name].shape)}, expected {shape}")
-        if not update[name].is_floating_point():
-            raise ParcelError(f"tensor {name!r} holds {update[name].dtype}; a change is made of floating-point numbers")
+        tensor = update[name]
+        if tuple(tensor.shape) != shape:
+            raise ParcelError(f"tensor {name!r} has the shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_floating_point():
+            raise ParcelError(f"tensor {name!r} holds {tensor.dtype}; a change is made of floating-point numbers")

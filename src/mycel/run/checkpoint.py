@@ -22,7 +22,7 @@ from mycel.rounds.guarding import restored
 from mycel.rounds.leases import Lease
 from mycel.rounds.progress import Progress
 from mycel.rounds.system import State, with_role
-from mycel.run.folder import write_bytes
+from mycel.run.folder import write_file
 from mycel.wire.parcel import Parcel, Tensors
 
 
@@ -52,7 +52,7 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
     tensors: Tensors = dict(state.tensors)
     requests = _requests(coordinator)
     for item in requests:
-        tensors[f"request.{item.request.generation}/frame"] = _bytes(item.request.frame)
+        tensors[f"request.{item.request.generation}/frame"] = _bytes(bytes(item.request.frame))
         if item.home:
             tensors[f"request.{item.request.generation}/home"] = _bytes(item.home)
     for node, home in coordinator.engine.homes().items():
@@ -79,7 +79,7 @@ def save_checkpoint(coordinator: Coordinator, path: Path) -> None:
         "requests": [_request_header(item.request) for item in requests],
         "leases": [_lease_header(lease) for lease in coordinator.leases.held.values()],
     }
-    write_bytes(path, Parcel("checkpoint", {**header, "sha256": _digest(header, tensors)}, tensors).to_bytes())
+    write_file(path, Parcel("checkpoint", {**header, "sha256": _digest(header, tensors)}, tensors).to_file)
 
 
 def _digest(header: dict[str, Any], tensors: Tensors) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -127,18 +127,22 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: under a temporary name, which ``write`` fills, to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
+            write(temporary)
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes whole or not at all."""
+    write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: Path, content: str) -> None:

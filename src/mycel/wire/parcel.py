@@ -13,21 +13,25 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mycel.errors import ParcelError, RecipeError
 from mycel.wire.codec import Codec
 from mycel.wire.codecs import RAW, parse_codec
+from mycel.wire.shelf import Frame
 
 Tensors = dict[str, Tensor]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/\-]{0,255}")
 HEADER_LIMIT = 1 << 20
+_UNWRITABLE = (SafetensorError, ValueError, TypeError, KeyError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,27 @@ class Parcel:
 
     def to_bytes(self, codec: Codec = RAW) -> bytes:
         """Serialise; float tensors pass through ``codec``, others travel as they are."""
+        parts, metadata = self._laid_out(codec)
+        try:
+            frame: bytes = save_tensors(parts, metadata)
+        except _UNWRITABLE as error:
+            raise self._unwritable(error) from error
+        return frame
+
+    def to_file(self, path: Path) -> None:
+        """Write the frame that ``to_bytes`` returns to a file, without holding a copy of it."""
+        parts, metadata = self._laid_out(RAW)
+        try:
+            save_file(parts, path, metadata)
+        except _UNWRITABLE as error:
+            raise self._unwritable(error) from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def _laid_out(self, codec: Codec) -> tuple[Tensors, dict[str, str]]:
         envelope: dict[str, Any] = {"kind": self.kind, **({"header": self.header} if self.header else {})}
         parts: Tensors = {}
         shapes: dict[str, list[int]] = {}
@@ -72,17 +97,18 @@ class Parcel:
         if shapes:
             envelope |= {"codec": codec.spec, "shapes": shapes}
         try:
-            text = json.dumps(envelope, separators=(",", ":"), allow_nan=False)
-            frame: bytes = save_tensors(_apart(parts), metadata={"mycel": text})
-        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ParcelError(f"the {self.kind!r} parcel cannot be written: {error}") from error
-        return frame
+            return _apart(parts), {"mycel": json.dumps(envelope, separators=(",", ":"), allow_nan=False)}
+        except _UNWRITABLE as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> ParcelError:
+        return ParcelError(f"the {self.kind!r} parcel cannot be written: {error}")
 
     @classmethod
     def from_bytes(cls, frame: bytes, limits: Limits | None = None) -> Parcel:
         """Parse and check a frame; anything unsound raises ``ParcelError`` before memory is taken for it."""
         limits = limits or Limits()
-        envelope = _envelope(frame, limits)
+        envelope = read_envelope(frame, limits)
         try:
             parts = load_tensors(frame)
         except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
@@ -117,7 +143,8 @@ def _apart(parts: Tensors) -> Tensors:
     return apart
 
 
-def _envelope(frame: bytes, limits: Limits) -> dict[str, Any]:
+def read_envelope(frame: Frame, limits: Limits) -> dict[str, Any]:
+    """Read what a frame says of itself, and check it, before anything else of it is read."""
     if len(frame) > limits.frame_bytes:
         raise ParcelError(f"the frame has {len(frame):,} bytes and at most {limits.frame_bytes:,} are accepted")
     if len(frame) < 8:
@@ -162,23 +189,30 @@ def _strict_json(text: str) -> Any:
 
 
 def _decode(parts: Tensors, envelope: dict[str, Any], limits: Limits) -> Tensors:
-    shapes = _shapes(envelope, limits)
-    grouped: dict[str, Tensors] = {name: {} for name in shapes}
-    tensors: Tensors = {}
-    for name, tensor in parts.items():
-        owner, bar, part = name.partition("|")
+    owners = sort_parts(parts, envelope, limits)
+    return {name: decode_one(name, {part: parts[part] for part in own}, envelope) for name, own in owners.items()}
+
+
+def sort_parts(parts: Iterable[str], envelope: dict[str, Any], limits: Limits) -> dict[str, list[str]]:
+    """Return which parts each tensor is made of; names and shapes that are unsound are refused."""
+    owners: dict[str, list[str]] = {name: [] for name in _shapes(envelope, limits)}
+    encoded = set(owners)
+    for name in parts:
+        owner, bar, _ = name.partition("|")
         check_name(owner)
-        if not bar and owner not in grouped:
-            tensors[name] = tensor
-        elif bar and owner in grouped:
-            grouped[owner][part] = tensor
-        else:
+        if bool(bar) != (owner in encoded):
             raise ParcelError(f"part {name[:80]!r} does not belong to the tensors that the header names")
-    if shapes:
-        codec = _codec(envelope)
-        for name, shape in shapes.items():
-            tensors[name] = _decode_one(codec, name, grouped[name], shape)
-    return tensors
+        owners.setdefault(owner, []).append(name)
+    return owners
+
+
+def decode_one(name: str, parts: Tensors, envelope: dict[str, Any]) -> Tensor:
+    """Return the tensor that ``parts`` are the parts of."""
+    shape = envelope.get("shapes", {}).get(name)
+    if shape is None:
+        return parts[name]
+    encoded = {part.partition("|")[2]: value for part, value in parts.items()}
+    return _decode_one(_codec(envelope), name, encoded, tuple(shape))
 
 
 def _codec(envelope: dict[str, Any]) -> Codec:

@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,10 @@ SUFFIX = ".frame"
 
 
 class Kept:
-    """A frame that waits; ``bytes(kept)`` reads it, ``len(kept)`` is its length, and its room is given back with it."""
+    """A frame that waits; ``bytes(kept)`` reads it, ``kept[start:stop]`` a part of it, ``len(kept)`` is its length.
+
+    Its room is given back with it.
+    """
 
     def __init__(self, place: bytes | Path, length: int) -> None:
         self._place = place
@@ -27,6 +31,19 @@ class Kept:
 
     def __bytes__(self) -> bytes:
         return self._place if isinstance(self._place, bytes) else self._place.read_bytes()
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._length)
+        if isinstance(self._place, bytes):
+            return self._place[start:stop]
+        with self._place.open("rb") as file:
+            file.seek(start)
+            return file.read(max(stop - start, 0))
+
+    @property
+    def path(self) -> Path | None:
+        """The file in which it waits, if it does."""
+        return self._place if isinstance(self._place, Path) else None
 
 
 Frame = bytes | Kept
@@ -60,28 +77,34 @@ class Shelf:
             kept = Kept(frame, len(frame))
             weakref.finalize(kept, self._give_back, len(frame)).atexit = False
         else:
-            path = self._write(frame)
-            kept = Kept(path, len(frame))
-            weakref.finalize(kept, path.unlink, missing_ok=True)
+            kept = self.file(lambda path: _write(path, frame), len(frame))
+        return kept
+
+    def file(self, write: Callable[[Path], object], length: int) -> Kept:
+        """Put a frame of about ``length`` bytes into a file that ``write`` fills."""
+        where = self.folder or Path(tempfile.gettempdir())
+        path = None
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="mycel-", suffix=SUFFIX, dir=where)
+            os.close(descriptor)
+            path = Path(name)
+            write(path)
+        except OSError as error:
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise EngineError(
+                f"a frame of {length:,} bytes cannot be set aside in {where}: {error.strerror}; "
+                "make room, and `--resume` goes on from the last round"
+            ) from error
+        kept = Kept(path, path.stat().st_size)
+        weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
     def _give_back(self, length: int) -> None:
         with self._changing:
             self.held -= length
 
-    def _write(self, frame: bytes) -> Path:
-        where = self.folder or Path(tempfile.gettempdir())
-        path = None
-        try:
-            descriptor, name = tempfile.mkstemp(prefix="mycel-", suffix=SUFFIX, dir=where)
-            path = Path(name)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(frame)
-        except OSError as error:
-            if path is not None:
-                path.unlink(missing_ok=True)
-            raise EngineError(
-                f"an answer of {len(frame):,} bytes cannot be set aside in {where}: {error.strerror}; "
-                "make room, and `--resume` goes on from the last round"
-            ) from error
-        return path
+
+def _write(path: Path, frame: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(frame)

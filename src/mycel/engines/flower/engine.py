@@ -74,7 +74,7 @@ class FlowerEngine:
         """Only experience can tell."""
         return None
 
-    def _send(self, address: int | None, control: Control, frame: bytes | memoryview = b"") -> int:
+    def _send(self, address: int | None, control: Control, frame: bytes = b"") -> int:
         self._tags += 1
         target = {} if address is None else {"address": str(address)}
         try:
@@ -114,9 +114,9 @@ class FlowerEngine:
         offset, whole = errand.sent, errand.request.frame
         errand.sent = min(offset + self.part, len(whole))
         verb = "ask" if errand.sent == len(whole) else "part"
-        self._speak(errand, {"verb": verb, "offset": offset}, memoryview(whole)[offset : errand.sent])
+        self._speak(errand, {"verb": verb, "offset": offset}, whole[offset : errand.sent])
 
-    def _speak(self, errand: Errand, control: Control, part: bytes | memoryview = b"") -> None:
+    def _speak(self, errand: Errand, control: Control, part: bytes = b"") -> None:
         about = {"node": errand.request.node, "generation": errand.request.generation, "size": self.part}
         tag = self._send(self.addresses[errand.request.node], {**control, **about}, part)
         self._errands[tag] = errand
