@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mycel.cli import app
 from mycel.errors import RunError
 from mycel.guard.audit import Audit, Private
+from mycel.run import frames
 from mycel.run.execute import run_recipe
 from mycel.run.frames import audit_run
 from mycel.wire.codecs import parse_codec
@@ -77,5 +81,41 @@ def test_a_leak_in_a_recorded_run_is_found(tmp_path: Path) -> None:
 
     table = TokenStore.open(tmp_path / "run" / "work" / "tokens.safetensors").train(0)
     leak = Parcel("answer", {}, {"update/a": table.ids[:12].clone()})
-    FrameRecorder(tmp_path / "run" / "work" / "frames")("up", 0, "work", leak.to_bytes())
+    FrameRecorder(tmp_path / "run" / "work" / "frames", keep=True)("up", 0, "work", leak.to_bytes())
     assert not audit_run(tmp_path / "run")["clean"]
+
+
+def test_a_run_that_kept_no_frames_says_what_crossed_and_how_to_have_it_looked_through(tmp_path: Path) -> None:
+    changes = {"rounds.count": 1, "wire.codec": "fixed(8,0.1)", "guard.sums": "masked", "rounds.quorum": 0.7}
+    result = run_recipe(small_recipe(tmp_path / "data", changes), tmp_path / "run")
+    found = audit_run(tmp_path / "run")
+    assert result["audit"]["tensors"] == found["tensors"]
+    assert found["bytes"] == result["bytes"]["up"] + result["bytes"]["down"]
+    assert found["kinds"] == {"deliver": 6, "guard.keys": 6, "guard.reveal": 6, "guard.shares": 6, "work": 6}
+    size = sum(math.prod(shape) for name, shape in found["tensors"].items() if name.startswith("shared/"))
+    assert found["tensors"]["sealed/sum"] == [size + 1]
+    assert "clean" not in found
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "at names, shapes and sizes" in page
+    assert [path.name for path in (tmp_path / "run" / "work" / "frames").iterdir()] == ["frames.jsonl"]
+    told = CliRunner().invoke(app, ["audit", str(tmp_path / "run")])
+    assert told.exit_code == 0
+    assert "guard.record_frames=true" in told.stdout
+    (tmp_path / "run" / "work" / "frames" / "frames.jsonl").unlink()
+    with pytest.raises(RunError, match="lists no frames"):
+        audit_run(tmp_path / "run")
+
+
+def test_the_list_is_bounded_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MOST", 4)
+    frame = Parcel("answer", {}, {"update/a": torch.ones(3)}).to_bytes(parse_codec("int8"))
+    for _ in range(2):
+        recorder = frames.FrameRecorder(tmp_path, keep=False)
+        for _ in range(3):
+            recorder("up", 0, "work", frame)
+        with (tmp_path / "frames.jsonl").open("a") as listing:
+            listing.write('{"direction": "u')  # killed
+    (tmp_path / "frames.jsonl").write_text((tmp_path / "frames.jsonl").read_text().rpartition("\n")[0] + "\n")
+    lines = frames.list_of(tmp_path)
+    assert len(lines) == 4
+    assert [line.get("tensors") for line in lines] == [{"update/a": [3]}, None, None, None]

@@ -121,7 +121,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
 
 @app.command(rich_help_panel=RUNS, epilog="Example: mycel audit runs/quickstart-1")
 def audit(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run with guard.record_frames=true.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")],
     as_json: AsJson = False,
 ) -> None:
     """Say what crossed the wire in a run, and prove by content that what was to stay home did."""

@@ -26,10 +26,17 @@ def audit_command(folder: Path, as_json: bool) -> None:
             table.add_row(name, str(shape))
         console.print(table)
         console.print(f"kinds: {', '.join(f'{kind} {count}' for kind, count in found['kinds'].items())}")
-        sought = found["sought"]
-        verdict = "nothing of them crossed" if found["clean"] else f"{len(found['findings'])} findings"
-        console.print(f"sought {sought['texts']:,} texts and {sought['token rows']:,} rows of tokens: {verdict}")
-        for finding in found["findings"]:
+        if "sought" in found:
+            sought = found["sought"]
+            verdict = "nothing of them crossed" if found["clean"] else f"{len(found['findings'])} findings"
+            console.print(f"sought {sought['texts']:,} texts and {sought['token rows']:,} rows of tokens: {verdict}")
+        else:
+            listed = "" if found["complete"] else "; only the first frames are listed"
+            console.print(
+                f"looked {found['looked']} only{listed}: with guard.record_frames=true frames are kept, and looked "
+                "through for the parties' texts, tokens and personal state"
+            )
+        for finding in found.get("findings", []):
             console.print(f"  {finding}", markup=False)
-    if not found["clean"]:
+    if not found.get("clean", True):
         raise typer.Exit(1)

@@ -145,7 +145,7 @@ class Federated(Execution):
             self._note,
             lambda coordinator: save_checkpoint(coordinator, path),
             shelf=Shelf(folder=path.parent),
-            wiretap=FrameRecorder(path.parent / "frames") if recipe.guard.record_frames else None,
+            wiretap=FrameRecorder(path.parent / "frames", recipe.guard.record_frames),
         )
 
     def _note(self, event: str, **fields: Any) -> None:

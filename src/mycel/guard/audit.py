@@ -110,6 +110,7 @@ class Audit:
     def report(self) -> dict[str, Any]:
         """Everything seen, JSON."""
         return {
+            "looked": "through the content",
             "frames": self.frames,
             "bytes": self.size,
             "kinds": dict(sorted(self.kinds.items())),
@@ -119,6 +120,18 @@ class Audit:
             "findings": self.findings[:100],
             "clean": not self.findings and not self.unreadable,
         }
+
+
+def outline(frame: bytes) -> dict[str, list[int]]:
+    """Return names and shapes of a frame's tensors, as they were before the codecs, without reading their content."""
+    try:
+        length = int.from_bytes(frame[:8], "little")
+        listing = json.loads(frame[8 : 8 + length])
+        coded = json.loads(listing.pop("__metadata__")["mycel"]).get("shapes", {})
+        plain = {name: part["shape"] for name, part in listing.items() if name.partition("|")[0] not in coded}
+        return dict(sorted((coded | plain).items()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {"(unreadable)": [len(frame)]}
 
 
 def digest_of(frame: bytes) -> str:

@@ -115,7 +115,9 @@ class Guard(Section):
     within: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of updates that adaptive clipping keeps whole; 0: the bound is fixed"
     )
-    record_frames: bool = Field(False, description="keep every frame that crosses, for `mycel audit`")
+    record_frames: bool = Field(
+        False, description="keep every frame that crosses, so that `mycel audit` can look through their content"
+    )
     replayable: bool = Field(False, description="noise from the recipe's seed: repeats to the bit, protects nobody")
 
 
@@ -140,7 +142,10 @@ class Layout(Section):
     pipeline: Positive = Field(1, description="ranks that hold consecutive blocks")
     sequence: Positive = Field(1, description="ranks that divide every row's tokens")
     micro_batches: Positive = Field(1, description="pieces of a data rank's rows, one after another")
-    schedule: Literal["gpipe", "1f1b"] = Field("gpipe", description="order of a pipeline's micro-batches")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zero_bubble", "zbv"] = Field(
+        "gpipe", description="order of a pipeline's micro-batches"
+    )
+    chunks: Positive = Field(1, description="stages that a pipeline rank holds, far apart in the model; zbv takes 2")
     blocks: list[Positive] = Field(default=[], description="blocks of each pipeline stage; empty: as even as can be")
     recompute: bool = Field(False, description="drop activations on the way forward and compute them again")
     codec: str = Field("", description="codec of the gradients that data ranks exchange; empty: none")

@@ -103,9 +103,10 @@ def predicted_rows(result: Result) -> list[tuple[str, Any, Any]]:
 
 
 def guard_rows(result: Result) -> list[tuple[str, str]]:
-    """What the guards promise and spent, and what the audit of the frames found; nothing where there was no guard."""
+    """What the guards promise and spent, and what the audit saw; nothing where there was no guard and no frame kept."""
     receipt = {key: value for key, value in result.guard.items() if value not in ("", "plain", {}, [])}
-    audit = {key: result.audit[key] for key in ("frames", "findings", "clean") if key in result.audit}
+    shown = ("looked", "frames", "kinds", "findings", "clean") if receipt or "clean" in result.audit else ()
+    audit = {key: result.audit[key] for key in shown if key in result.audit}
     return [(key, str(value)) for key, value in flatten(receipt | ({"audit": audit} if audit else {})).items()]
 
 

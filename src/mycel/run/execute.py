@@ -32,7 +32,7 @@ from mycel.rounds.world import World
 from mycel.run.arms import Arm, arms_of
 from mycel.run.checkpoint import Sparing, checkpoint_clock, homes_of, read_checkpoint, restore
 from mycel.run.folder import RunFolder, write_json, writing
-from mycel.run.frames import FrameRecorder, audit_run
+from mycel.run.frames import FrameRecorder, audit_for_result
 from mycel.run.log import EventLog
 from mycel.run.plan import as_predicted, forecast
 from mycel.run.result import build_result
@@ -177,7 +177,7 @@ class Execution:
             lambda event, **fields: self._record(arm.name, event, **fields),
             Sparing(path),
             Shelf(folder=path.parent),
-            FrameRecorder(path.parent / "frames") if arm.recipe.guard.record_frames else None,
+            FrameRecorder(path.parent / "frames", arm.recipe.guard.record_frames) if arm.name == "system" else None,
         )
         if saved is None:
             return simulation.run()
@@ -191,8 +191,7 @@ class Execution:
     def _conclude(self, result: dict[str, Any], finished: Finished) -> None:
         """Write what a run leaves: the model, the result, the end of the log, the page."""
         self._save_model(finished)
-        if self.recipe.guard.record_frames:
-            result["audit"] = audit_run(self.folder.path)
+        result["audit"] = audit_for_result(self.folder.path)
         write_json(self.folder.result, result)
         self.log.record("finish", "system", state_sha256=result["state_sha256"], seconds=result["seconds"])
         with writing(self.folder.path / "report.html"):
