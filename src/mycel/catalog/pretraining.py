@@ -27,6 +27,22 @@ PRETRAINING: tuple[Entry, ...] = (
         "synchronous quality at equal tokens for a sixtieth of its bytes with 64 local steps",
     ),
     _pretrained(
+        "photon",
+        31,
+        "photon",
+        "Photon",
+        "Sani et al. 2024, The Future of Large Language Model Pre-training is Federated",
+        "half of the islands in a round, and one of them dropping out, cost at most 5 % at equal tokens",
+    ),
+    _pretrained(
+        "streaming_diloco",
+        None,
+        "streaming_diloco",
+        "StreamingDiLoCo",
+        "Douillard et al. 2025, Streaming DiLoCo with overlapping communication: Towards a Distributed Free Lunch",
+        "a fragment at a time, sent while islands train on: peak bytes fall by the fragments' number, loss as DiLoCo's",
+    ),
+    _pretrained(
         "async_diloco",
         51,
         "async_diloco",
