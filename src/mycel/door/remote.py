@@ -18,7 +18,7 @@ from mycel.door.schema import Refused
 from mycel.errors import GenerationError
 
 ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
-CARRIED = ("content-type", "retry-after", "cache-control")
+CARRIED = ("content-type", "content-encoding", "content-length", "retry-after", "cache-control")
 
 
 class Remote:
@@ -41,7 +41,13 @@ class Remote:
         self._keys = [known.encode() for known in keys]
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # An answer may take as long as it takes; only reaching the server has a limit.
-        self._client = httpx.AsyncClient(base_url=address, headers=headers, timeout=httpx.Timeout(None, connect=10.0))
+        self._client = httpx.AsyncClient(
+            base_url=address,
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=10.0),
+            # As many connections as clients: with fewer, some would wait and others be closed and opened again.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
         routes = [Route(path, self._hand_on, methods=["GET", "POST"]) for path in ROUTES]
         self.app = Starlette(routes=routes)
 
@@ -65,7 +71,7 @@ class Remote:
 
 async def _parts(answer: httpx.Response) -> AsyncIterator[bytes]:
     try:
-        async for part in answer.aiter_bytes():
+        async for part in answer.aiter_raw():
             yield part
     finally:
         # Also when the client has gone: closing the connection cancels the work at the server.
