@@ -126,7 +126,7 @@ def pause(folder: Path) -> list[dict[str, Any]]:
                 for place in range(TOKENS):
                     if place in (16, 32):
                         peer = session.hops[place // 32].leg.peer
-                        deadline = model.directory.known[peer].allowance(1) or 0.0
+                        deadline = model.directory.known[peer].allowance(1, model.patience)
                         os.kill(processes[peer].pid, 9 if place == 16 else 19)
                     started = time.perf_counter()
                     new = [int((await model.step([Turn(session, new)]))[0].argmax())]

@@ -60,7 +60,7 @@ class Crossing:
                     lost_at = began if lost_at is None else lost_at
                     self._expect_no_more()
                     self.turn = next(self.model.turns)
-                    await self._replace(place, error)
+                    await self._replace(place, error, self._loop.time() - began)
                     continue
                 if lost_at is not None:
                     self.model.pauses.append(self._loop.time() - lost_at)
@@ -81,7 +81,7 @@ class Crossing:
             raise PeerRefused(f"the peer {leg.peer!r} has just failed")
         counts = [len(hop.inputs) - hop.held for hop in hops]
         total = sum(counts)
-        within = known.allowance(total) or self.model.patience
+        within = known.allowance(total, self.model.patience)
         started = self._loop.time()
         if self._coming:
             answer = await self._handed(place, self._coming.pop(0), within)
@@ -158,13 +158,14 @@ class Crossing:
                 session.out = states[start - begin :]
             hop.held = len(hop.inputs)
 
-    async def _replace(self, place: int, error: EngineError | ParcelError) -> None:
+    async def _replace(self, place: int, error: EngineError | ParcelError, waited: float) -> None:
         directory, leg = self.model.directory, self.sessions[0].hops[place].leg
+        patience = self.model.patience
         if isinstance(error, ParcelError):
-            directory.lied(leg.peer)
+            directory.lied(leg.peer, patience)
         elif isinstance(error, PeerLost):
-            directory.late(leg.peer)
-        legs = await directory.route(leg.first, leg.last, self.model.patience, avoid=leg.peer)
+            directory.late(leg.peer, waited, patience)
+        legs = await directory.route(leg.first, leg.last, patience, avoid=leg.peer)
         for session in self.sessions:
             self.model.count_replay([session.hops[place]])
             session.replayed += len(session.hops[place].inputs)

@@ -16,7 +16,6 @@ from mycel.errors import EngineError
 from mycel.segments.patience import Patience
 
 UNKNOWN = 0.005  # seconds of latency before a peer was asked: at no cost a route would hop to and fro
-LATE, LIES = 1.0, 60.0  # seconds of a first ban
 
 
 class Directory:
@@ -40,6 +39,7 @@ class Directory:
         self.peers, self.model, self.depth = peers, model, depth
         self.decision = decision or Fastest()
         self.known: defaultdict[str, Patience] = defaultdict(Patience)
+        self.training: defaultdict[tuple[str, str], Patience] = defaultdict(Patience)  # by peer and verb
         self.latency: dict[str, float] = {}
         self.apart: set[tuple[str, str]] = set()  # who cannot hand on to whom, until one of them comes anew
         self._changed = asyncio.Event()
@@ -89,13 +89,13 @@ class Directory:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(left, 0.5))
 
-    def late(self, peer: str) -> None:
-        """Take note that a peer did not answer in time, or left."""
-        self.known[peer].ban(asyncio.get_running_loop().time(), LATE)
+    def late(self, peer: str, waited: float, patience: float) -> None:
+        """Take note that a peer did not answer within ``waited`` seconds, or left."""
+        self.known[peer].late(asyncio.get_running_loop().time(), waited, patience)
 
-    def lied(self, peer: str) -> None:
+    def lied(self, peer: str, patience: float) -> None:
         """Take note that a peer answered what cannot be."""
-        self.known[peer].ban(asyncio.get_running_loop().time(), LIES)
+        self.known[peer].lied(asyncio.get_running_loop().time(), patience)
 
     def banned(self, peer: str) -> bool:
         """Return whether a peer is not to be asked now."""

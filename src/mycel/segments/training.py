@@ -6,6 +6,7 @@ tokens nor their labels leave (the U-shaped form of split learning). Peers' weig
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass
 
@@ -52,10 +53,11 @@ class Chain:
         """Return the gradient before block 0, of the gradient behind the last block."""
         while self._stages:
             stage = self._stages.pop()
+            began = asyncio.get_running_loop().time()
             try:
                 gradient_BTD = await self._ask("backward", stage, gradient_BTD, "gradient")
             except (PeerLost, PeerRefused, ParcelError) as error:
-                self._blame(stage.leg.peer, error)
+                self._blame(stage.leg.peer, error, asyncio.get_running_loop().time() - began)
                 # Whoever takes the place computes the lost forward again from what entered here.
                 for leg in await self._others(stage.leg):
                     stage.entered = await self._through(leg, stage.entered)
@@ -65,6 +67,7 @@ class Chain:
         waiting, attempts = [leg], 0
         while waiting:
             stage = _Stage(waiting.pop(0), hidden_BTD, os.urandom(16).hex())
+            began = asyncio.get_running_loop().time()
             try:
                 hidden_BTD = await self._ask("forward", stage, hidden_BTD, "hidden")
                 self._stages.append(stage)
@@ -72,7 +75,7 @@ class Chain:
                 attempts += 1
                 if attempts > MOST_ATTEMPTS:
                     raise EngineError(f"{attempts} peers failed in one pass, last: {error}") from error
-                self._blame(stage.leg.peer, error)
+                self._blame(stage.leg.peer, error, asyncio.get_running_loop().time() - began)
                 waiting = [*await self._others(stage.leg), *waiting]
         return hidden_BTD
 
@@ -81,14 +84,19 @@ class Chain:
         header = {"first": leg.first, "last": leg.last, "model": model.model, "session": stage.session}
         name = "hidden" if verb == "forward" else "gradient"
         frame = model.boundary.pack(verb, {**header, "shape": list(tensor.shape[:2])}, **{name: tensor.detach()})
-        found = await model.peers.call(leg.peer, verb, frame, model.patience)
-        return sound(Boundary.unpack(found, (answer,)), answer, tuple(tensor.shape))
+        known, work = model.directory.training[leg.peer, verb], tensor.shape[:2].numel()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        found = await model.peers.call(leg.peer, verb, frame, known.allowance(work, model.patience))
+        state = sound(Boundary.unpack(found, (answer,)), answer, tuple(tensor.shape))
+        known.learn(work, loop.time() - started)
+        return state
 
     async def _others(self, leg: Leg) -> tuple[Leg, ...]:
         return await self.model.directory.route(leg.first, leg.last, self.model.patience, avoid=leg.peer)
 
-    def _blame(self, peer: str, error: Exception) -> None:
+    def _blame(self, peer: str, error: Exception, waited: float) -> None:
         if isinstance(error, ParcelError):
-            self.model.directory.lied(peer)
+            self.model.directory.lied(peer, self.model.patience)
         else:
-            self.model.directory.late(peer)
+            self.model.directory.late(peer, waited, self.model.patience)
