@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TextIO
 
@@ -36,6 +37,8 @@ class Journal:
                 f"the journal in {folder} cannot be written ({error.strerror}): choose another --log"
             ) from error
         self._lock = threading.Lock()
+        self._refused: Counter[int] = Counter()
+        self._refused_at = 0.0
         # Spans are on the monotonic clock; the report shows the time of day.
         self._offset = time.time() - time.monotonic()
 
@@ -57,6 +60,20 @@ class Journal:
         """Write that something happened: who holds what, what was lost, what failed."""
         self._write({"at": round(time.time(), 6), "event": kind, **facts})
 
+    def refused(self, status: int) -> None:
+        """Count an answer that was none; a line is written at most once a second."""
+        with self._lock:
+            self._refused[status] += 1
+        if time.monotonic() >= self._refused_at + 1.0:
+            self._write_refused()
+
+    def _write_refused(self) -> None:
+        with self._lock:
+            counts, self._refused = self._refused, Counter()
+            self._refused_at = time.monotonic()
+        for status, count in counts.items():
+            self.event("refused", status=status, count=count)
+
     def _write(self, line: dict[str, object]) -> None:
         with self._lock:
             if self._file.closed:
@@ -73,4 +90,5 @@ class Journal:
 
     def close(self) -> None:
         """Write no more."""
+        self._write_refused()
         self._file.close()

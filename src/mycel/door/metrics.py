@@ -54,6 +54,8 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         """Count an answer."""
         self._requests.labels(route, str(status)).inc()
+        if status >= 400 and self.journal is not None:
+            self.journal.refused(status)
 
     def left(self) -> None:
         """Count a client that went away."""

@@ -46,6 +46,9 @@ def serve(
     try:
         journal = Journal(log) if log is not None else None
         try:
+            if journal is not None:
+                journal.event("opened", model=served.name, shares=list(served.shares))
+                served.backend.report_to(journal.event)
             listen(Door(served, keys, journal).app, host, port, ready)
         finally:
             if journal is not None:

@@ -15,6 +15,7 @@ from mycel.generation.executor import Executor
 from mycel.generation.served import Served
 from mycel.generation.service import Service
 from mycel.generation.speculation import Drafter
+from mycel.generation.streaming import Notice
 from mycel.models.base import Progress, find_base
 from mycel.segments.client import SwarmModel
 from mycel.segments.door import join_model
@@ -28,6 +29,11 @@ class SwarmService(Service):
         self._hall = hall
         super().__init__(engine, most)
 
+    def report_to(self, notice: Notice) -> None:
+        """Tell also who comes and goes with which blocks, and which peers were lost and at what price."""
+        super().report_to(notice)
+        self._hall.report_to(notice)
+
     def close(self) -> None:
         """End what is under way and leave the swarm."""
         super().close()
@@ -40,6 +46,7 @@ class Hall:
     def __init__(self, swarm: str, model: str) -> None:
         self.loop = asyncio.new_event_loop()
         self._leave = AsyncExitStack()
+        self._watching: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self.loop.run_forever, name="swarm", daemon=True)
         self._thread.start()
         try:
@@ -48,8 +55,30 @@ class Hall:
             self._end()
             raise
 
+    def report_to(self, notice: Notice) -> None:
+        """Tell who comes and goes with which blocks, and what the loss of peers costs."""
+
+        async def watch() -> None:
+            depth, serving = self.model.cut.depth, self.model.model
+            async for change in self.model.peers.watch():
+                if change.kind == "left":
+                    notice("gone", peer=change.name)
+                    continue
+                first, last = change.facts.get("first"), change.facts.get("last")
+                sane = isinstance(first, int) and isinstance(last, int) and 0 <= first < last <= depth
+                if sane and change.facts.get("model") == serving:
+                    notice("holds", peer=change.name, first=first, last=last, of=depth)
+
+        def begin() -> None:
+            self.model.notice = notice
+            self._watching = self.loop.create_task(watch())
+
+        self.loop.call_soon_threadsafe(begin)
+
     def close(self) -> None:
         """Leave the swarm and end the thread."""
+        if self._watching is not None:
+            self.loop.call_soon_threadsafe(self._watching.cancel)
         try:
             asyncio.run_coroutine_threadsafe(self._leave.aclose(), self.loop).result()
         finally:

@@ -18,6 +18,7 @@ from mycel.generation.request import Request, Spans, Token
 from mycel.generation.scheduler import Policy
 from mycel.generation.service import Service
 from mycel.generation.speculation import Drafter
+from mycel.generation.streaming import Notice
 from mycel.generation.weights import open_executor
 from mycel.models.adapter import CONFIG, find_adapter
 from mycel.models.base import Progress, find_base
@@ -32,6 +33,9 @@ class Backend(Protocol):
 
     def stream(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[Token]:
         """Yield tokens; leaving the iteration early cancels the request."""
+
+    def report_to(self, notice: Notice) -> None:
+        """Tell ``notice`` from now on what happens beside the requests themselves."""
 
     def close(self) -> None:
         """Let go of everything."""

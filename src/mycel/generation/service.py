@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,9 @@ from typing import Any
 from mycel.generation.engine import Engine
 from mycel.generation.request import Request, Spans
 from mycel.generation.sequence import Listener
-from mycel.generation.streaming import Streamer
+from mycel.generation.streaming import Notice, Streamer
+
+EACH = 1.0  # seconds between two notices of how much is under way
 
 
 class Service(Streamer):
@@ -32,8 +35,14 @@ class Service(Streamer):
         self._commands: deque[Callable[[], Any]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._notice: Notice | None = None
+        self._told, self._told_at = (0, 0), 0.0
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
+
+    def report_to(self, notice: Notice) -> None:
+        """Tell ``notice`` once a second how much is under way, and of every failure."""
+        self._notice = notice
 
     async def begin(self, request: Request, listener: Listener, spans: Spans) -> int:
         """Give a request to the engine; return its identity there."""
@@ -82,10 +91,21 @@ class Service(Streamer):
                 busy = self.engine.step()
             except Exception as error:  # one bad iteration must not end the service
                 self.failure = f"{type(error).__name__}: {error}"[:300]
+                if self._notice is not None:
+                    self._notice("failed", why=self.failure, requests=self.engine.waiting)
                 self.engine.fail_all()
                 busy = True
+            self._tell(busy)
             if not busy:
                 self._wake.wait()
+
+    def _tell(self, busy: bool) -> None:
+        state = (self.engine.waiting, self.engine.pool.held)
+        now = time.monotonic()
+        if self._notice is None or state == self._told or (busy and now < self._told_at + EACH):
+            return
+        self._told, self._told_at = state, now
+        self._notice("state", requests=state[0], pages=state[1], of=self.engine.pool.count)
 
 
 def _settle(done: asyncio.Future[Any], found: Any, error: Exception | None) -> None:

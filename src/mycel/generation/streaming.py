@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
 from mycel.errors import BusyError, GenerationError
 from mycel.generation.request import Request, Spans, Token
 from mycel.generation.sequence import Listener
+
+Notice = Callable[..., None]
+"""Told that something happened: its kind, and facts by name."""
 
 
 class Streamer:
@@ -34,6 +37,9 @@ class Streamer:
     def check(self, request: Request) -> None:
         """Refuse a request that can never be answered."""
         request.check(self.vocabulary, self.context)
+
+    def report_to(self, notice: Notice) -> None:
+        """Tell ``notice`` from now on what happens beside the requests themselves."""
 
     async def begin(self, request: Request, listener: Listener, spans: Spans) -> Any:
         """Start a request; return what ``abandon`` takes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,8 @@ class SwarmModel:
         What left here: bytes, and the codec's error.
     pauses : list of float
         Seconds from the call that a lost peer left unanswered to the answer of the one that took its place.
+    notice : callable
+        Told when a peer is lost (``lost``) and when its sessions go on (``resumed``), with facts by name.
     """
 
     def __init__(self, peers: Peers, cut: Cut, model: str, codec: str, patience: float) -> None:
@@ -74,6 +76,7 @@ class SwarmModel:
         self.directory = Directory(peers, model, cut.depth)
         self.boundary = Boundary(codec)
         self.pauses: list[float] = []
+        self.notice: Callable[..., None] = lambda kind, **facts: None
         self.replays = 0
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mycel.decisions.routing import Leg
 from mycel.engines.calls import PeerLost, PeerRefused, Ticket
 from mycel.errors import EngineError, ParcelError
 from mycel.segments.boundary import Boundary, sound
@@ -64,6 +65,7 @@ class Crossing:
                     continue
                 if lost_at is not None:
                     self.model.pauses.append(self._loop.time() - lost_at)
+                    self.model.notice("resumed", pause=self.model.pauses[-1])
                     lost_at = None
                 self._keep(place, answers)
                 place += 1
@@ -166,10 +168,15 @@ class Crossing:
         elif isinstance(error, PeerLost):
             directory.late(leg.peer, waited, patience)
         legs = await directory.route(leg.first, leg.last, patience, avoid=leg.peer)
+        self._tell_lost(leg, legs, sum(len(hop.inputs) for hop in self._hops(place)), error)
         for session in self.sessions:
             self.model.count_replay([session.hops[place]])
             session.replayed += len(session.hops[place].inputs)
             session.hops[place : place + 1] = session.hops[place].replaced(legs)
+
+    def _tell_lost(self, leg: Leg, legs: tuple[Leg, ...], positions: int, error: Exception) -> None:
+        how = {"peer": leg.peer, "first": leg.first, "last": leg.last, "why": str(error)[:200]}
+        self.model.notice("lost", **how, to=[each.peer for each in legs], positions=positions)
 
     def _apart(self, place: int) -> None:
         """Take note that the peer of one hop does not reach that of the next."""
