@@ -24,6 +24,7 @@ pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 from mycel.data.parties import PartyData, load_parties
 from mycel.federation.demo import PROGRAM, Village, village
+from mycel.federation.keyring import Keyring
 from mycel.recipe import load_recipe
 from mycel.run.execute import run_recipe
 
@@ -74,6 +75,33 @@ def go(made: Village, out: Path, *arguments: str) -> Going:
     return Going(made, out, made.start("run", "quickstart", *RECIPE, *options, log="run"))
 
 
+@dataclass
+class Operator:
+    """Somebody on another machine: with a home, a working directory and one file of the federation's own."""
+
+    folder: Path
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "MYCEL_STATE": str(self.folder / "state"), "OMP_NUM_THREADS": "1"}
+        with (self.folder / "words").open("wb") as words:
+            return subprocess.Popen(
+                [*PROGRAM, *arguments], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=words
+            )
+
+    def ask(self, *arguments: str) -> tuple[int, str]:
+        """Run a command; return its status, and its answer or its words."""
+        process = self.start(*arguments)
+        said, _ = process.communicate()
+        return process.returncode, said.decode() if not process.returncode else (self.folder / "words").read_text()
+
+
+@pytest.fixture(scope="module")
+def operator(made: Village, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    Keyring(made.folder / "keys").add_operator("anna").rename(folder / "anna.pem")
+    return Operator(folder)
+
+
 def rounds(events: Events) -> int:
     return sum(event["event"] == "round" for event in events)
 
@@ -97,18 +125,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_recipe(recipe, tmp_path_factory.mktemp("reference") / "run")
 
 
-def test_three_nodes_come_to_the_state_of_one_process(made: Village, reference: dict[str, Any], tmp_path: Path) -> None:
-    result = go(made, tmp_path / "run").finish()
+def test_three_nodes_come_to_the_state_of_one_process_for_an_operator_elsewhere(
+    made: Village, operator: Operator, reference: dict[str, Any]
+) -> None:
+    run = ("run", "quickstart", *RECIPE, "--on", made.address, "--out", "run", "--key", "anna.pem", "--json")
+    status, said = operator.ask(*run)
+    assert status == 0, said
+    result = json.loads(said)
     assert result["state_sha256"] == reference["state_sha256"]
     assert result["bytes"]["by_purpose"] == reference["bytes"]["by_purpose"]
     assert [entry["loss"] for entry in result["rounds"]] == [entry["loss"] for entry in reference["rounds"]]
     assert result["dropped"] == {"late": 0, "invalid": 0, "lost": 0}
-    assert (tmp_path / "run" / "report.html").exists()
+    assert (operator.folder / "run" / "report.html").exists()
     time.sleep(1.5)  # the gate writes its ledger once a second
-    done = subprocess.run(
-        [*PROGRAM, "status", made.address, "--json"], env=made.environment, capture_output=True, check=True
-    )
-    found = json.loads(done.stdout)
+    status, said = operator.ask("status", made.address, "--key", "anna.pem", "--json")
+    assert status == 0, said
+    found = json.loads(said)
     assert found["secure"]
     assert found["parties"] == ["party-0", "party-1", "party-2"]
     assert found["run"]["round"] == found["run"]["rounds"] == 3
@@ -116,6 +148,28 @@ def test_three_nodes_come_to_the_state_of_one_process(made: Village, reference: 
         gate = found["gate"]["traffic"][name]
         for way, side in (("up", "received"), ("down", "sent")):
             assert counted[way] <= gate[side]["parcels"] <= 1.05 * counted[way], (name, way)
+
+
+def test_an_operator_elsewhere_needs_a_key_of_its_own(made: Village, operator: Operator) -> None:
+    keys = made.folder / "keys"
+    stranger = Keyring.make(operator.folder / "other", ["127.0.0.1"], []).add_operator("anna")
+    expected = {
+        (): "reach one on another machine with an operator's key",
+        ("--key", str(keys / "parties" / "party-0.pem")): "not, or no longer, an operator's",
+        ("--key", str(stranger)): "do not know each other",
+    }
+    for options, words in expected.items():
+        status, said = operator.ask("status", made.address, *options)
+        assert (status, words in said) == (1, True), said
+    status, said = operator.ask(
+        "run", "quickstart", *RECIPE, "--on", made.address, "--out", "none", "--key", str(stranger)
+    )
+    assert status == 1
+    assert not (operator.folder / "none").exists()
+    Keyring(keys).add_operator("bert").rename(operator.folder / "bert.pem")
+    Keyring(keys).revoke("bert")
+    status, said = operator.ask("status", made.address, "--key", "bert.pem")
+    assert (status, "no longer, an operator's" in said) == (1, True), said
 
 
 def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(

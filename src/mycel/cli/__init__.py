@@ -59,6 +59,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     on: Annotated[str, typer.Option(help="Run it on the federation whose coordinator listens at HOST:PORT.")] = "",
+    key: Annotated[Path | None, typer.Option(help="Operator's key, for a coordinator on another machine.")] = None,
     nproc: Annotated[int, typer.Option(min=0, help="Run it inside one island, on so many ranks.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +73,7 @@ def run(
         return
     from mycel.cli.run import run_command
 
-    run_command(recipe, overrides or [], out, resume, as_json, on)
+    run_command(recipe, overrides or [], out, resume, as_json, on, key)
 
 
 @app.command(rich_help_panel=RUNS, epilog="Example: mycel plan quickstart trainable.rank=32 wire.codec=int8")
@@ -184,9 +185,8 @@ def join(
     rich_help_panel=FEDERATION, epilog="Example: mycel status 127.0.0.1:7400 --json  ·  mycel status ./our-swarm"
 )
 def status(
-    address: Annotated[
-        str, typer.Argument(help="HOST:PORT of a coordinator of this machine, or a swarm's folder.", metavar="PLACE")
-    ],
+    address: Annotated[str, typer.Argument(help="HOST:PORT of a coordinator, or a swarm's folder.", metavar="PLACE")],
+    key: Annotated[Path | None, typer.Option(help="Operator's key, for a coordinator on another machine.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a federation's parties, leases, round, bytes and deadlines, or who holds which blocks of a swarm."""
@@ -197,7 +197,7 @@ def status(
         return
     from mycel.cli.federation import status_command
 
-    status_command(address, as_json)
+    status_command(address, as_json, key)
 
 
 app.add_typer(keys_app, name="keys", rich_help_panel=FEDERATION)

@@ -67,11 +67,11 @@ def join_command(
         _serve(Seat(address, name, identity, host).run(), folder / "party.log")
 
 
-def status_command(address: str, as_json: bool) -> None:
-    """Show how a coordinator of this machine and its run stand."""
-    from mycel.federation.place import overview
+def status_command(address: str, as_json: bool, key: Path | None = None) -> None:
+    """Show how a coordinator and its run stand."""
+    from mycel.federation.reach import standing
 
-    found = overview(address)
+    found = standing(address, key)
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
         return

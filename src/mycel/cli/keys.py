@@ -41,6 +41,14 @@ def add(name: str, keys: Keys = FOLDER, days: Days = 365.0) -> None:
     typer.echo(str(Keyring(keys).add(name, days)))
 
 
+@keys_app.command("operator", epilog="Example: mycel keys operator anna")
+def operator(name: str, keys: Keys = FOLDER, days: Days = 365.0) -> None:
+    """Make a key for one who may run recipes from another machine."""
+    from mycel.federation.keyring import Keyring
+
+    typer.echo(str(Keyring(keys).add_operator(name, days)))
+
+
 @keys_app.command("admit", epilog="Example: mycel keys admit clinic.crt")
 def admit(certificate: Path, keys: Keys = FOLDER) -> None:
     """Admit a party whose certificate the authority has signed elsewhere."""
@@ -51,7 +59,7 @@ def admit(certificate: Path, keys: Keys = FOLDER) -> None:
 
 @keys_app.command("revoke", epilog="Example: mycel keys revoke clinic")
 def revoke(name: str, keys: Keys = FOLDER) -> None:
-    """Admit a party no longer; a running coordinator takes notice at once."""
+    """Admit a party or an operator no longer; a running coordinator takes notice at once."""
     from mycel.federation.keyring import Keyring
 
     Keyring(keys).revoke(name)

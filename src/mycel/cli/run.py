@@ -11,7 +11,15 @@ from mycel.cli.progress import show_progress
 from mycel.recipe import load_recipe
 
 
-def run_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool, on: str = "") -> None:
+def run_command(
+    name: str,
+    overrides: list[str],
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    on: str = "",
+    key: Path | None = None,
+) -> None:
     """Run a recipe for a person or a script."""
     recipe = load_recipe(name, overrides)
     folder = out or Path("runs") / f"{Path(name.partition(':')[0]).stem}-{recipe.seed}"
@@ -23,7 +31,7 @@ def run_command(name: str, overrides: list[str], out: Path | None, resume: bool,
             from mycel.federation.execute import run_federated
 
             watcher.phase("loading libraries", 1, 1)
-            result = run_federated(recipe, on, folder, resume, watcher)
+            result = run_federated(recipe, on, folder, resume, watcher, key)
         else:
             from mycel.run.execute import run_recipe
 

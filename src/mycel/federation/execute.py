@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,9 @@ import torch
 from mycel.data.table import TokenTable
 from mycel.data.tokens import TokenStore
 from mycel.engines.flower.engine import FlowerEngine
-from mycel.engines.flower.launch import has_ended, submit
-from mycel.engines.line import listen, opened
 from mycel.errors import EngineError
 from mycel.federation.member import Task, base_sha256
-from mycel.federation.place import Post, read_post, state_folder, write_status
+from mycel.federation.reach import Reach, reach
 from mycel.fleet import load_fleet
 from mycel.models.base import find_base
 from mycel.recipe.schema import Recipe
@@ -48,15 +44,13 @@ from mycel.run.result import build_result
 from mycel.wire.shelf import Shelf
 
 LOOK = 0.5  # seconds between looks for parties that have joined
-LOOK_AFTER = 5.0  # seconds between looks whether the ServerApp has failed
 
 
 @dataclass
 class Federated(Execution):
     """One run on a federation in progress."""
 
-    address: str = ""
-    post: Post = field(default_factory=lambda: Post(0, "", False))
+    hub: Reach = field(kw_only=True)
     coordinator: Coordinator | None = None
     declined: dict[str, str] = field(default_factory=dict)
 
@@ -68,8 +62,7 @@ class Federated(Execution):
             for name in load_system(self.recipe).bases():
                 find_base(name, self.watcher.phase)
             task = Task(self.recipe, self._name(), base_sha256(base))
-            with listen(Path(self.post.line)) as door:
-                finished = asyncio.run(self._program(door, task, base))
+            finished = asyncio.run(self._program(task, base))
             result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
             self._conclude(result, finished)
         return result
@@ -93,10 +86,12 @@ class Federated(Execution):
             path.write_text(uuid.uuid4().hex)
         return path.read_text()
 
-    async def _program(self, door: socket.socket, task: Task, base: Path) -> Finished:
+    async def _program(self, task: Task, base: Path) -> Finished:
         path = self.folder.checkpoint("system")
         saved = read_checkpoint(path)
-        line = await self._start(door, task)
+        self.watcher.phase("starting Flower's run", 0, 1)
+        line = await self.hub.line(task.to_json())
+        self.watcher.phase("starting Flower's run", 1, 1)
         engine = FlowerEngine(line, start=checkpoint_clock(saved), most=self.recipe.wire.max_parcel)
         try:
             nodes = await self.gather(engine)
@@ -109,6 +104,7 @@ class Federated(Execution):
             await coordinator.run()
         finally:
             await engine.close()
+            await asyncio.to_thread(self.hub.close)
         return Finished(
             "system",
             coordinator.world,
@@ -117,19 +113,6 @@ class Federated(Execution):
             coordinator.leases.meter,
             engine.now(),
         )
-
-    async def _start(self, door: socket.socket, task: Task) -> Connection:
-        """Start Flower's run and wait until its ServerApp dials."""
-        self.watcher.phase("starting Flower's run", 0, 1)
-        home = state_folder("coordinators", self.address)
-        number = await asyncio.to_thread(submit, home, task.to_json())
-        door.setblocking(False)
-        dialled = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(door))
-        while not (await asyncio.wait([dialled], timeout=LOOK_AFTER))[0]:
-            if await asyncio.to_thread(has_ended, home, number):
-                raise EngineError(f"Flower's ServerApp ended before it began: {str(home / 'superlink.log')!r} says why")
-        self.watcher.phase("starting Flower's run", 1, 1)
-        return opened(dialled.result()[0])
 
     def coordinate(self, engine: FlowerEngine, nodes: list[Node], base: Path, path: Path) -> Coordinator:
         """Return a coordinator of ``nodes`` that keeps its checkpoint in ``path``."""
@@ -152,7 +135,7 @@ class Federated(Execution):
         """Log an event, and put down how the run stands now."""
         self._record("system", event, **fields)
         if self.coordinator is not None:
-            write_status(self.address, self._standing(self.coordinator))
+            self.hub.tell(self._standing(self.coordinator))
 
     def _standing(self, coordinator: Coordinator) -> dict[str, Any]:
         names = [node.name for node in coordinator.world.nodes]
@@ -188,9 +171,9 @@ class Federated(Execution):
                 if len(nodes) == wanted:
                     engine.addresses = [address for _, address in chosen]
                     return nodes
-            elif self.declined and len(self.post.seats) - len(self.declined) < wanted:
+            elif self.declined and len(self.hub.seats) - len(self.declined) < wanted:
                 said = "; ".join(f"{name} says that {why}" for name, why in self.declined.items())
-                raise EngineError(f"{wanted} parties are needed, and of {len(self.post.seats)} some decline: {said}")
+                raise EngineError(f"{wanted} parties are needed, and of {len(self.hub.seats)} some decline: {said}")
             else:
                 await asyncio.sleep(LOOK)
 
@@ -211,9 +194,9 @@ class Federated(Execution):
     async def _present(self, engine: FlowerEngine) -> dict[str, int]:
         """Return who is there, in the order of admission; where anyone may join, in the order of names."""
         there = await engine.nodes()
-        if self.post.secure:
-            return {name: address for name, address in self.post.seats.items() if address in there}
-        known = self.post.seats
+        if self.hub.secure:
+            return {name: address for name, address in self.hub.seats.items() if address in there}
+        known = self.hub.seats
         fresh = [address for address in there if address not in known.values()]
         for address, (control, _) in zip(
             fresh, await asyncio.gather(*(engine.question(node, {"verb": "name"}) for node in fresh)), strict=True
@@ -242,12 +225,17 @@ def _no_examples() -> TokenStore:
 
 
 def run_federated(
-    recipe: Recipe, address: str, out: Path, resume: bool = False, watcher: Watcher | None = None
+    recipe: Recipe,
+    address: str,
+    out: Path,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    key: Path | None = None,
 ) -> dict[str, Any]:
-    """Run ``recipe`` on the federation whose coordinator listens at ``address``."""
-    post = read_post(address)
+    """Run ``recipe`` on the federation whose coordinator listens at ``address``; ``key`` is an operator's bundle."""
+    hub = reach(address, key)
     recipe = recipe.replace({"compare": []})
     check_recipe(recipe)
     folder = RunFolder(out)
     with folder.held(recipe, resume):
-        return Federated(recipe, folder, watcher or Silent(), address=address, post=post).run()
+        return Federated(recipe, folder, watcher or Silent(), hub=hub).run()

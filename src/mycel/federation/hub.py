@@ -16,6 +16,7 @@ from mycel.engines import children
 from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
 from mycel.errors import EngineError, RunError
+from mycel.federation.desk import Desk
 from mycel.federation.keyring import Keyring
 from mycel.federation.place import Post, state_folder, write_post
 from mycel.guard.gates import CoordinatorGate, OpenGate, client_context, server_context
@@ -82,7 +83,9 @@ class Hub:
             raise RunError(f"nobody is admitted: `mycel keys add NAME --keys {self.keys}` makes a party's key")
         authority = self.folder / "authority.crt"
         authority.write_bytes(pem(identity.authority))
-        policy: Policy = CoordinatorGate(self._ring.parties, lambda: self._seats)
+        policy: Policy = CoordinatorGate(
+            self._ring.parties, lambda: self._seats, self._ring.operators, Desk(self.address, self._line).serve
+        )
         server = server_context(self.keys / "coordinator.pem", authority)
         return Relay((LOOPBACK, self._port), policy, server, client_context(self._inner().authority))
 

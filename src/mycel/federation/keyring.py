@@ -5,6 +5,8 @@ authority.crt        its certificate
 coordinator.pem      the coordinator's key and certificate
 parties/NAME.pem     one bundle for each party, to be handed over and then removed here
 admitted/NNN-NAME.crt  certificates of the parties that may join, in the order in which they were admitted
+operators/NAME.pem   one bundle for each who may run recipes from another machine, to be handed over likewise
+operators/NAME.crt   its certificate
 revoked/             certificates that were admitted once
 """
 
@@ -67,6 +69,24 @@ class Keyring:
         self._admit(name, identity.certificate)
         return path
 
+    def add_operator(self, name: str, days: float = DAYS) -> Path:
+        """Make a bundle for one who may run recipes from another machine; return where it lies."""
+        self._check(name)
+        identity = issue(Identity.load(self.path / "authority.pem"), name, days=days)
+        path = self.path / "operators" / f"{name}.pem"
+        identity.save(path)
+        path.with_suffix(".crt").write_bytes(pem(identity.certificate))
+        return path
+
+    def operators(self) -> dict[str, bytes]:
+        """Return the public keys of the operators, by name."""
+        found = {path.stem: _certificate(path) for path in (self.path / "operators").glob("*.crt")}
+        return {
+            name: spki(certificate.public_key())
+            for name, certificate in found.items()
+            if signed_by(certificate, self.authority) and in_date(certificate)
+        }
+
     def admit(self, path: Path) -> str:
         """Admit a party by a certificate that the authority has signed elsewhere; return its name."""
         try:
@@ -81,7 +101,12 @@ class Keyring:
         return name
 
     def revoke(self, name: str) -> None:
-        """Admit a party no longer; a coordinator that is running takes notice by itself."""
+        """Admit a party or an operator no longer; a coordinator that is running takes notice by itself."""
+        operator = self.path / "operators" / f"{name}.crt"
+        if operator.exists():
+            (self.path / "revoked" / "operators").mkdir(mode=0o700, exist_ok=True)
+            operator.rename(self.path / "revoked" / "operators" / operator.name)
+            return
         for path in self._admitted():
             if _name(path) == name:
                 path.rename(self.path / "revoked" / path.name)
@@ -112,7 +137,7 @@ class Keyring:
     def _check(self, name: str) -> None:
         if not NAME.fullmatch(name):
             raise RunError(f"a party cannot be called {name!r}: letters, digits, '_', '.' and '-' only")
-        if name in map(_name, self._admitted()):
+        if name in map(_name, self._admitted()) or (self.path / "operators" / f"{name}.crt").exists():
             raise RunError(f"there is a party {name!r} already: revoke it first, or choose another name")
 
     def _admit(self, name: str, certificate: Certificate) -> None:

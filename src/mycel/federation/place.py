@@ -56,8 +56,8 @@ def read_post(address: str) -> Post:
         post = Post(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(
-            f"no coordinator of this machine listens at {address}: "
-            f"start one with `mycel coordinator --listen {address}`"
+            f"no coordinator of this machine listens at {address}: start one with `mycel coordinator --listen "
+            f"{address}`, or reach one on another machine with an operator's key (--key)"
         ) from error
     if not _alive(post.pid):
         raise RunError(
@@ -86,6 +86,7 @@ def overview(address: str) -> dict[str, Any]:
         "address": address,
         "secure": post.secure,
         "parties": list(post.seats),
+        "seats": post.seats,
         "gate": _read(folder / "gate.json"),
         "run": _read(folder / "status.json"),
     }

@@ -26,9 +26,10 @@ from cryptography import x509
 from mycel.engines.flower.engine import PART
 from mycel.guard.keys import in_date, spki
 from mycel.wire.http import Head, Reply
-from mycel.wire.relay import Caller, Policy
+from mycel.wire.relay import Caller, Door, Policy
 
 FLEET = "/v1/fleet/"
+OPERATING = "/mycel/"
 POLL = "/v1/fleet/pull-messages"
 PUSH = f"{FLEET}push-object"
 CONFIRM = f"{FLEET}confirm-message-received"
@@ -73,21 +74,30 @@ class CoordinatorGate(Policy):
         Returns the admitted parties' public keys by name, as they are now; a key that is no longer there is refused.
     seats : callable
         Returns the SuperLink's number of each party's node.
+    operators : callable
+        Returns the public keys of those who may run recipes from elsewhere.
+    desk : callable, optional
+        Answers operators.
     """
 
     parties: Callable[[], Mapping[str, bytes]]
     seats: Callable[[], Mapping[str, int]] = dict
+    operators: Callable[[], Mapping[str, bytes]] = dict
+    desk: Door | None = None
     clock: Callable[[], float] = time.monotonic
     traffic: dict[str, Traffic] = field(default_factory=dict)
     _used: dict[str, float] = field(default_factory=dict)
 
     def refuse(self, caller: Caller, head: Head) -> str:
-        """Refuse strangers, what is not a node's business, what was sent before, and floods."""
+        """Refuse strangers, what is not a node's or an operator's business, what was sent before, and floods."""
+        if head.path.startswith(OPERATING):
+            known = self.desk is not None and self._who(caller, self.operators())[0]
+            return "" if known else "the certificate's key is not, or no longer, an operator's"
         if head.method != "POST" or head.path not in ALLOWED:
             return "this is not a node's request"
         if head.length > REQUEST:
             return "the request is too long"
-        name, key = self._who(caller)
+        name, key = self._who(caller, self.parties())
         if not name:
             return "the certificate's key is not, or no longer, admitted"
         if base64.b64encode(key).decode() != head.headers.get("flwr-public-key"):
@@ -103,12 +113,12 @@ class CoordinatorGate(Policy):
                 return "more bytes than a message holds"
         return ""
 
-    def _who(self, caller: Caller) -> tuple[str, bytes]:
+    def _who(self, caller: Caller, admitted: Mapping[str, bytes]) -> tuple[str, bytes]:
         if not caller.certificate:
             return "", b""
         certificate = x509.load_der_x509_certificate(caller.certificate)
         key = spki(certificate.public_key()) if in_date(certificate) else b""
-        return next(((name, key) for name, known in self.parties().items() if known == key), ("", b""))
+        return next(((name, key) for name, known in admitted.items() if known == key), ("", b""))
 
     def _fresh(self, signature: str) -> bool:
         """Whether a signature was not seen while the SuperLink would take it."""
@@ -130,10 +140,14 @@ class CoordinatorGate(Policy):
 
     def before(self, caller: Caller, head: Head, status: int, alone: bool) -> tuple[str, bytes] | None:
         """Have a party that comes back, and is nowhere else, leave first: Flower still counts on the node that died."""
-        name, _ = self._who(caller)
+        name, _ = self._who(caller, self.parties())
         if head.path != ACTIVATE or status == 200 or not alone or name not in self.seats():
             return None
         return DEACTIVATE, b"\x08" + _varint(self.seats()[name])  # field 1: the node's number
+
+    def door(self, head: Head) -> Door | None:
+        """Leave operators to the desk."""
+        return self.desk if head.path.startswith(OPERATING) else None
 
     def settles(self, head: Head) -> bool:
         """Watch over parts of an answer: Flower gives the whole answer up when it is sent one for the second time."""
@@ -141,7 +155,7 @@ class CoordinatorGate(Policy):
 
     def settle(self, caller: Caller, digest: bytes, reply: Reply) -> Reply:
         """Say of a part that was stored before that it is stored."""
-        stored = self.traffic.setdefault(self._who(caller)[0], Traffic()).stored
+        stored = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic()).stored
         if reply.status == 200 and reply.body:
             stored[digest] = reply
             if len(stored) > REMEMBERED:
@@ -150,7 +164,7 @@ class CoordinatorGate(Policy):
 
     def kept(self, caller: Caller, head: Head) -> Reply | None:
         """Deliver a message again whose party asks for the next without a word on it: the line was cut."""
-        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
         if head.path != POLL or traffic.unconfirmed is None or traffic.repeats >= REPEATS:
             return None
         traffic.repeats += 1
@@ -158,7 +172,7 @@ class CoordinatorGate(Policy):
 
     def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
         """Keep a message until its party confirms that it came."""
-        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
         if head.path == POLL and reply is not traffic.unconfirmed:
             traffic.unconfirmed, traffic.repeats = (reply if reply.body and reply.status == 200 else None), 0
 
@@ -170,7 +184,7 @@ class CoordinatorGate(Policy):
 
     def passed(self, caller: Caller, head: Head, answered: int) -> None:
         """Count what crossed the socket, and give a party that was handed a message room for its answer."""
-        traffic = self.traffic.setdefault(self._who(caller)[0], Traffic())
+        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
         purpose = PURPOSE.get(head.path, "protocol")
         if head.path == POLL and answered:
             traffic.since, purpose = 0, "protocol"

@@ -13,7 +13,7 @@ import hashlib
 import ssl
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,9 @@ class Caller:
         return now[0] - before[0], now[1] - before[1]
 
 
+Door = Callable[[str, bytes, Side], Awaitable[None]]  # given the path, the body, and the connection, which is its own
+
+
 class Policy:
     """Lets everything pass; others say what they change."""
 
@@ -73,6 +76,10 @@ class Policy:
 
         ``alone`` says that the caller has no other connection here.
         """
+        return None
+
+    def door(self, head: Head) -> Door | None:
+        """Return who answers a request here, in the target's place."""
         return None
 
     def settles(self, head: Head) -> bool:
@@ -171,6 +178,10 @@ class Exchange:
         if why:
             self._relay.refused[why] += 1
             await self._near.answer(403 if head.length >= 0 else 411, why.encode())
+            return False
+        door = self._relay.policy.door(head)
+        if door is not None:
+            await door(head.path, await self._near.whole(LOOKED_INTO), self._near)
             return False
         answered = await self._carry(request, head)
         self._relay.policy.passed(self._caller, head, answered)
