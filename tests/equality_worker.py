@@ -67,7 +67,31 @@ def cases(ranks: int) -> list[Layout]:
     more = [
         layout.model_copy(update={"recompute": True}) for layout in plain if layout.sequence > 1 or layout.tensor > 1
     ]
-    return piped + more[:3]
+    return piped + more[:3] + scheduled(ranks)
+
+
+def scheduled(ranks: int) -> list[Layout]:
+    """The schedules that loop and those that divide the way back, alone and with other ways of sharing."""
+    if ranks == 1:
+        return []
+    looped = [("interleaved", 2), ("breadth_first", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2)]
+    mixed = [("zbv", axis, False) for axis in ("data", "tensor", "sequence")]
+    mixed += [("breadth_first", "data", True), ("zero_bubble", "data", False), ("1f1b", "data", True)]
+    if ranks == 2:
+        return [Layout(pipeline=2, micro_batches=4, schedule=name, chunks=chunks) for name, chunks in looped]  # type: ignore[arg-type]
+    return [
+        Layout.model_validate(
+            {
+                axis: 2,
+                "pipeline": 2,
+                "micro_batches": 2,
+                "schedule": name,
+                "chunks": 1 if name in {"1f1b", "zero_bubble"} else 2,
+                "recompute": again,
+            }
+        )
+        for name, axis, again in mixed
+    ]
 
 
 def main() -> None:

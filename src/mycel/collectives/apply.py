@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mycel.collectives.attention import over_tokens
-from mycel.collectives.layout import stage_blocks
+from mycel.collectives.layout import stage_blocks, stages_of
 from mycel.collectives.ranks import Ranks
 from mycel.errors import ModelError
 
@@ -28,7 +28,7 @@ WHOLE = {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "m
 ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
-class Stage(nn.Module):
+class Chunk(nn.Module):
     """Consecutive blocks of a decoder, with the embedding before the first and the head after the last.
 
     Parameters
@@ -36,20 +36,17 @@ class Stage(nn.Module):
     model : PreTrainedModel
         Whose parts are used, not copied.
     ranks : Ranks
-        Decides which blocks, and where this rank's tokens begin.
+        Decides where this rank's tokens begin.
+    place : int
+        Which of the pipeline's stages this is.
     """
 
-    def __init__(self, model: PreTrainedModel, ranks: Ranks) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks, place: int) -> None:
         super().__init__()
         layout, inner = ranks.layout, model.model
-        if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
-            raise ModelError(
-                f"{type(model).__name__} is no decoder with rotary positions: layouts are laid over the Llama family"
-            )
-        place = ranks.place("pipeline")
-        held = stage_blocks(len(inner.layers), layout.pipeline, list(layout.blocks) or None)[place]
-        self.first, self.last = place == 0, place == layout.pipeline - 1
-        self.tied = bool(model.config.tie_word_embeddings)
+        stages = layout.pipeline * layout.chunks
+        held = stage_blocks(len(inner.layers), stages, list(layout.blocks) or None)[place]
+        self.place, self.first, self.last = place, place == 0, place == stages - 1
         if self.first:
             self.embedding = inner.embed_tokens
         self.blocks = nn.ModuleDict({str(index): inner.layers[index] for index in held})
@@ -57,7 +54,6 @@ class Stage(nn.Module):
             self.norm, self.head = inner.norm, model.lm_head
         self.rotary = inner.rotary_emb
         self.recompute = layout.recompute
-        self.width = int(model.config.hidden_size)
         self._model = [model]  # in a list, so that its other parts are no part of this module
         self._ranks = [ranks]
 
@@ -95,27 +91,66 @@ class Stage(nn.Module):
         return kept
 
 
+class Stage(nn.Module):
+    """A rank's part of a decoder: one chunk of it, or several where a schedule loops.
+
+    Attributes
+    ----------
+    first, last : bool
+        Whether the embedding or the head is here; both on one rank where the pipeline turns back.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranks: Ranks) -> None:
+        super().__init__()
+        inner = model.model
+        if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
+            raise ModelError(
+                f"{type(model).__name__} is no decoder with rotary positions: layouts are laid over the Llama family"
+            )
+        places = stages_of(ranks.layout, ranks.place("pipeline"))
+        self.chunks = nn.ModuleList(Chunk(model, ranks, place) for place in places)
+        self.first, self.last = places[0] == 0, places[-1] == ranks.layout.pipeline * ranks.layout.chunks - 1
+        self.tied = bool(model.config.tie_word_embeddings)
+        self.width = int(model.config.hidden_size)
+
+    def held(self) -> list[Chunk]:
+        """The chunks, in the order of the model."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, Chunk)]
+
+    @property
+    def shared(self) -> set[nn.Parameter]:
+        """The tied weight where two chunks of this rank use it, so that neither can shard it alone."""
+        apart = len(self.chunks) > 1 and self.first and self.last
+        return {self.held()[0].embedding.weight} if apart and self.tied else set()
+
+
 def lay_out(model: PreTrainedModel, ranks: Ranks) -> Stage:
     """Divide a model over an island and return this rank's stage; the model must be the same on every rank."""
     stage = Stage(model.to(ranks.device), ranks).train()
     stage.requires_grad_(True)
     layout = ranks.layout
-    if layout.tensor > 1:
-        plan: dict[str, ParallelStyle] = dict.fromkeys(COLUMNS, ColwiseParallel())
-        plan |= dict.fromkeys(ROWS, RowwiseParallel())
-        for block in stage.blocks.values():
-            parallelize_module(block, ranks.mesh["tensor"], plan)
-    if layout.data * layout.sequence > 1 and not layout.codec:
-        for block in stage.blocks.values():
-            fully_shard(block, mesh=ranks.replicas)
-        fully_shard(stage, mesh=ranks.replicas)
+    for chunk in stage.held():
+        if layout.tensor > 1:
+            plan: dict[str, ParallelStyle] = dict.fromkeys(COLUMNS, ColwiseParallel())
+            plan |= dict.fromkeys(ROWS, RowwiseParallel())
+            for block in chunk.blocks.values():
+                parallelize_module(block, ranks.mesh["tensor"], plan)
+        if _sharded(ranks):
+            for block in chunk.blocks.values():
+                fully_shard(block, mesh=ranks.replicas)
+            fully_shard(chunk, mesh=ranks.replicas, ignored_params=stage.shared)
     return stage
+
+
+def _sharded(ranks: Ranks) -> bool:
+    return ranks.layout.data * ranks.layout.sequence > 1 and not ranks.layout.codec
 
 
 def named_weights(stage: Stage) -> dict[str, nn.Parameter]:
     """This rank's parameters by the names of the whole model; a tied head goes by the embedding's name."""
     named = {}
-    for name, parameter in stage.named_parameters():
+    for path, parameter in stage.named_parameters():
+        name = path.split(".", 2)[2]
         part, _, rest = name.partition(".")
         if part == "head" and stage.tied:
             named["model.embed_tokens.weight"] = parameter
@@ -126,7 +161,10 @@ def named_weights(stage: Stage) -> dict[str, nn.Parameter]:
 
 def settle(stage: Stage, ranks: Ranks) -> None:
     """After the way back: add up a tied embedding's gradients from the first and the last stage."""
-    if not stage.tied or ranks.layout.pipeline == 1:
+    if _sharded(ranks):
+        for weight in stage.shared:
+            dist.all_reduce(weight.grad, op=dist.ReduceOp.AVG, group=ranks.replicas.get_group())
+    if not stage.tied or ranks.layout.pipeline == 1 or ranks.layout.schedule == "zbv":
         return
     weight = named_weights(stage).get("model.embed_tokens.weight")
     local = torch.zeros(()) if weight is None or weight.grad is None else _local(weight.grad)

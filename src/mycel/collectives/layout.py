@@ -61,21 +61,41 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
             f"layout.tensor is {layout.tensor}, which does not divide the {config.intermediate_size} columns of the "
             "feed-forward part: try a divisor of it"
         )
-    if layout.pipeline > config.num_hidden_layers:
+    stages = layout.pipeline * layout.chunks
+    if stages > config.num_hidden_layers:
         raise RecipeError(
-            f"layout.pipeline is {layout.pipeline}, and the model has {config.num_hidden_layers} blocks: "
-            f"try {config.num_hidden_layers} or less"
+            f"layout.pipeline is {layout.pipeline}, which makes {stages} stages, and the model has "
+            f"{config.num_hidden_layers} blocks: try fewer ranks or layout.chunks"
         )
+    _check_schedule(layout)
     rows = batch_size // layout.data
     if rows % layout.micro_batches:
         raise RecipeError(
             f"layout.micro_batches is {layout.micro_batches}, which does not divide the {rows} rows that a data rank "
             "has of a step: try 1"
         )
-    if layout.micro_batches < layout.pipeline and layout.schedule == "1f1b":
+
+
+def _check_schedule(layout: Layout) -> None:
+    """Refuse a schedule that has no order for these stages and pieces."""
+    wanted = {"gpipe": 1, "1f1b": 1, "zbv": 2}.get(layout.schedule, layout.chunks)
+    if layout.chunks != wanted:
         raise RecipeError(
-            f"layout.micro_batches is {layout.micro_batches}, fewer than the {layout.pipeline} stages that "
-            f'the schedule 1f1b keeps busy: try {layout.pipeline}, or schedule = "gpipe"'
+            f"layout.chunks is {layout.chunks}, and the schedule {layout.schedule} takes {wanted} stages a rank: "
+            f"set it to {wanted}"
+        )
+    pieces, ranks = layout.micro_batches, layout.pipeline
+    if layout.schedule in {"gpipe", "breadth_first"}:
+        return
+    if pieces < ranks:
+        raise RecipeError(
+            f"layout.micro_batches is {pieces}, fewer than the {ranks} stages that the schedule {layout.schedule} "
+            f'keeps busy: try {ranks}, or schedule = "gpipe"'
+        )
+    if layout.schedule in {"interleaved", "zero_bubble"} and pieces % (pieces // ranks):
+        raise RecipeError(
+            f"layout.micro_batches is {pieces}, which the schedule {layout.schedule} cannot take in equal rounds over "
+            f"{ranks} ranks: try {pieces // ranks * ranks}"
         )
 
 
@@ -96,6 +116,18 @@ def layouts(ranks: int, config: Any, batch_size: int, length: int, micro_batches
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def stages_of(layout: Layout, rank: int) -> list[int]:
+    """Stages that a rank of a pipeline holds, of ``pipeline x chunks``: round by round, or for zbv there and back."""
+    if layout.schedule == "zbv":
+        return [rank, 2 * layout.pipeline - 1 - rank]
+    return [rank + chunk * layout.pipeline for chunk in range(layout.chunks)]
+
+
+def rank_of(layout: Layout, stage: int) -> int:
+    """Rank along the pipeline that holds a stage."""
+    return next(rank for rank in range(layout.pipeline) if stage in stages_of(layout, rank))
 
 
 def stage_blocks(blocks: int, stages: int, shares: list[int] | None = None) -> list[range]:

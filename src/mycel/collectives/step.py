@@ -11,13 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
 
 from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle
+from mycel.collectives.bubbles import TimedStage, Trace
 from mycel.collectives.hooks import CodecExchange
+from mycel.collectives.layout import rank_of
 from mycel.collectives.ranks import Ranks
 
 IGNORED = -100
+ALONE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}  # one stage a rank
+LOOPED: dict[str, Any] = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "breadth_first": ScheduleLoopedBFS,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
 
 
 def targets_of(rows: Tensor) -> Tensor:
@@ -43,6 +59,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     clip_norm: float = 1.0
     exchange: CodecExchange | None = None
+    trace: Trace = field(default_factory=Trace)
     _schedules: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def gradients(self, rows: Tensor) -> float:
@@ -94,14 +111,16 @@ class Trainer:
 
     def _handed_on(self, ids: Tensor) -> Tensor:
         group, place = self.ranks.group("pipeline"), self.ranks.place("pipeline")
-        entering = ids
-        if not self.stage.first:
-            width = self.stage.width
-            entering = torch.empty(*ids.shape, width, device=self.ranks.device)
-            dist.recv(entering, group=group, group_src=place - 1)
-        hidden: Tensor = self.stage(entering)
-        if not self.stage.last:
-            dist.send(hidden.contiguous(), group=group, group_dst=place + 1)
+        layout, hidden = self.ranks.layout, ids
+        for chunk in self.stage.held():
+            before = place if chunk.first else rank_of(layout, chunk.place - 1)
+            if before != place:
+                hidden = torch.empty(*ids.shape, self.stage.width, device=self.ranks.device)
+                dist.recv(hidden, group=group, group_src=before)
+            hidden = chunk(hidden)
+            after = place if chunk.last else rank_of(layout, chunk.place + 1)
+            if after != place:
+                dist.send(hidden.contiguous(), group=group, group_dst=after)
         return hidden
 
     def step(self, rows: Tensor, rate: float) -> float:
@@ -123,10 +142,11 @@ class Trainer:
     def _plain(self, ids: Tensor, targets: Tensor, loss_of: Any) -> Tensor:
         pieces = self.ranks.layout.micro_batches
         total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
+        [chunk] = self.stage.held()
         for index, (part, wanted) in enumerate(zip(ids.chunk(pieces), targets.chunk(pieces), strict=True)):
-            if isinstance(self.stage, FSDPModule):
-                self.stage.set_requires_gradient_sync(index == pieces - 1)
-            loss = loss_of(self.stage(part), wanted)
+            if isinstance(chunk, FSDPModule):
+                chunk.set_requires_gradient_sync(index == pieces - 1)
+            loss = loss_of(chunk(part), wanted)
             loss.backward()
             total += loss.detach()
         return total
@@ -135,20 +155,19 @@ class Trainer:
         layout = self.ranks.layout
         key = tuple(ids.shape)
         if key not in self._schedules:
-            place = self.ranks.place("pipeline")
-            stage = PipelineStage(
-                self.stage, place, layout.pipeline, self.ranks.device, group=self.ranks.group("pipeline")
+            stages, group = layout.pipeline * layout.chunks, self.ranks.group("pipeline")
+            held = [
+                TimedStage(chunk, chunk.place, stages, self.ranks.device, group, self.trace)
+                for chunk in self.stage.held()
+            ]
+            kind, parts = (
+                (ALONE[layout.schedule], held[0]) if layout.schedule in ALONE else (LOOPED[layout.schedule], held)
             )
-            kind = ScheduleGPipe if layout.schedule == "gpipe" else Schedule1F1B
-            self._schedules[key] = kind(stage, layout.micro_batches, loss_fn=loss_of, scale_grads=False)
+            self._schedules[key] = kind(parts, layout.micro_batches, loss_fn=loss_of, scale_grads=False)
         schedule, losses = self._schedules[key], list[Tensor]()
         schedule._loss_fn = loss_of
-        if self.stage.first:
-            schedule.step(ids)
-        elif self.stage.last:
-            schedule.step(target=targets, losses=losses)
-        else:
-            schedule.step()
+        last = {"target": targets, "losses": losses} if self.stage.last else {}
+        schedule.step(*([ids] if self.stage.first else []), return_outputs=False, **last)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=ids.device)
 
 
