@@ -4,7 +4,9 @@ Both run on a SuperLink and two SuperNodes on the loopback, over TLS with authen
 party answers with as many bytes as it was sent. The bare app is written as Flower's documentation shows, one array
 record each way, its replies polled with ``send_and_receive``. Goal: at most 1.1 times its seconds per round.
 
-``--big`` instead streams one answer of 1 GB from each of two parties and reports the peak memory at the coordinator.
+``--big`` instead runs one round of federated averaging whose state, and each of whose two answers, has 1 GB: the brief
+goes out, the answers are checked and combined, the state moves. It reports the peak memory of the coordinator's
+processes. Goal: at most 2.5 times the update.
 """
 
 from __future__ import annotations
@@ -20,21 +22,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import torch
 
 from common import Peak, arguments, proportional_bytes, show
 from mycel.engines import children
 from mycel.engines.flower import launch
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import Control, listen, opened
-from mycel.federation.hub import Hub
 from mycel.federation.keyring import Keyring
 from mycel.federation.place import read_post
 from mycel.federation.seat import Seat
+from mycel.finetune.fedavg import FedAvg
+from mycel.fleet import load_fleet
 from mycel.guard.keys import Identity
+from mycel.recipe.schema import Recipe
+from mycel.rounds.coordinator import Coordinator
+from mycel.rounds.pace import parse_pace
+from mycel.rounds.system import State, group, with_role
+from mycel.rounds.world import Node, World
 from mycel.testing.engines import request
+from mycel.wire.parcel import Parcel
+from mycel.wire.shelf import Shelf
 
 PARTIES = ("one", "two")
 ROUNDS = 5
@@ -70,7 +82,7 @@ def main(grid, context):
 
 
 class Mirror:
-    """Answers with what it was sent, or with as many bytes as it is told."""
+    """Answers with what it was sent; a brief of federated averaging with the state as the update."""
 
     def describe(self, arm: str, job: str, node: int) -> Control:
         """Take part in everything."""
@@ -78,7 +90,10 @@ class Mirror:
 
     def handle(self, arm: str, node: int, frame: bytes, home: bytes) -> tuple[bytes, bytes]:
         """Work is nothing."""
-        return (bytes(int(frame[4:-1])), b"") if frame[:4] == b"big " else (frame, b"")
+        if frame[8:9] != b"{":
+            return frame, b""
+        brief = Parcel.from_bytes(frame)
+        return Parcel("answer", {"samples": 1}, with_role("update", group(brief.tensors, "shared"))).to_bytes(), b""
 
 
 def party(address: str, key: str) -> None:
@@ -87,23 +102,16 @@ def party(address: str, key: str) -> None:
     asyncio.run(Seat(address, identity.name, identity, Mirror()).run())
 
 
-def coordinator(address: str, keys: str) -> None:
-    """Be the coordinator, in a process of its own."""
-    asyncio.run(Hub(address, Path(keys)).run())
-
-
 @contextmanager
 def federation(folder: Path) -> Iterator[tuple[str, int]]:
     """Start a coordinator and two parties; yield its address and the coordinator's process."""
     os.environ["MYCEL_STATE"] = str(folder / "state")
     address = f"127.0.0.1:{children.free_port()}"
     Keyring.make(folder / "keys", ["127.0.0.1"], PARTIES)
-    commands = [["--be", "coordinator", "--where", address, "--key", str(folder / "keys")]]
-    commands += [
-        ["--be", "party", "--where", address, "--key", str(folder / f"keys/parties/{name}.pem")] for name in PARTIES
-    ]
+    commands = [["-m", "mycel", "coordinator", "--listen", address, "--keys", str(folder / "keys")]]
+    commands += [[__file__, "--party", address, str(folder / f"keys/parties/{name}.pem")] for name in PARTIES]
     started = [
-        children.start([sys.executable, __file__, *command], dict(os.environ), folder / f"{number}.log")
+        children.start([sys.executable, *command], dict(os.environ), folder / f"{number}.log")
         for number, command in enumerate(commands)
     ]
     try:
@@ -119,8 +127,8 @@ def federation(folder: Path) -> Iterator[tuple[str, int]]:
             children.end(process)
 
 
-async def rounds(address: str, frame: bytes, count: int) -> list[float]:
-    """Return the seconds of each of ``count`` rounds."""
+async def connect(address: str) -> FlowerEngine:
+    """Return an engine of a fresh run, once both parties are there."""
     post = read_post(address)
     home = Path(os.environ["MYCEL_STATE"]) / "coordinators" / address.replace(":", "_")
     with listen(Path(post.line)) as door:
@@ -130,6 +138,12 @@ async def rounds(address: str, frame: bytes, count: int) -> list[float]:
         engine = FlowerEngine(opened((await dialled)[0]), list(post.seats.values()))
     while len(await engine.nodes()) < len(PARTIES):
         await asyncio.sleep(0.5)
+    return engine
+
+
+async def rounds(address: str, frame: bytes, count: int) -> list[float]:
+    """Return the seconds of each of ``count`` rounds."""
+    engine = await connect(address)
     seconds = []
     for number in range(count):
         began = time.perf_counter()
@@ -201,8 +215,38 @@ def compare(size: int, count: int) -> dict[str, Any]:
     }
 
 
+class Large(FedAvg):
+    """Federated averaging over a state of so many bytes, in tensors of at most 64 MB."""
+
+    size = 0
+
+    def begin(self, world: World) -> State:
+        """Count up."""
+        count = -(-self.size // (1 << 26))
+        return State(shared={f"w{index}": torch.ones(self.size // 4 // count) for index in range(count)})
+
+
+async def one_round(address: str, size: int, folder: Path) -> None:
+    """Run one round of federated averaging with a state of ``size`` bytes."""
+    engine = await connect(address)
+    nodes = [Node(index, name, 1, 1.0, 1) for index, name in enumerate(PARTIES)]
+    made = Recipe().replace({"rounds.count": 1, "data.count": len(PARTIES), "fleet.devices": "equal"})
+    model = SimpleNamespace(parameters=lambda: iter([torch.empty(size // 4, device="meta")]))
+    world = World(made, load_fleet("equal"), nodes, SimpleNamespace(base=SimpleNamespace(model=model)))
+    world.sizes = {None: size // 4}
+    system = Large(made)
+    system.size = size
+    coordinator = Coordinator(
+        world, system, engine, parse_pace("synchronous"), lambda event, **fields: None, shelf=Shelf(folder=folder)
+    )
+    coordinator.progress.delivered = True  # the round alone is measured
+    state = await coordinator.run()
+    assert all(bool((tensor == 2).all()) for tensor in state.shared.values()), "1 + the mean of 1 and 1 is 2"
+    await engine.close()
+
+
 def big(size: int) -> dict[str, Any]:
-    """Stream one long answer from each party and watch the memory of the coordinator's processes."""
+    """Run the large round and watch the memory of the coordinator's processes."""
     with tempfile.TemporaryDirectory() as name, federation(Path(name)) as (address, pid):
         peak, stop = Peak(), threading.Event()
 
@@ -214,33 +258,33 @@ def big(size: int) -> dict[str, Any]:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        seconds = asyncio.run(rounds(address, b"big %d" % size + b" ", 1))
+        began = time.perf_counter()
+        asyncio.run(one_round(address, size, Path(name)))
+        seconds = time.perf_counter() - began
         stop.set()
         watcher.join()
     return {
         "gigabytes": size / 1e9,
-        "seconds": seconds[0],
+        "seconds": seconds,
         "peak_gb": peak.bytes / 1e9,
         "times_the_update": peak.bytes / size,
     }
 
 
 def main() -> None:
-    """Compare at 1 MB and at 100 MB, or be one of the processes."""
+    """Compare at 1 MB and at 100 MB, or be one of the parties."""
     options = arguments(
         __doc__ or "",
-        be={"choices": ["coordinator", "party"]},
-        where={"default": ""},
-        key={"default": ""},
+        party={"nargs": 2, "metavar": ("ADDRESS", "KEY"), "help": "be a party"},
         megabytes={"type": int, "nargs": "+", "default": [1, 100]},
         rounds={"type": int, "default": ROUNDS},
         big={"type": int, "default": 0, "metavar": "MB"},
     )
-    if options.be:
-        (coordinator if options.be == "coordinator" else party)(options.where, options.key)
+    if options.party:
+        party(*options.party)
         return
     if options.big:
-        show("one answer from each of two parties", [big(options.big * 10**6)], options.json)
+        show("a round of a large state, two parties", [big(options.big * 10**6)], options.json)
         return
     rows = [compare(size * 10**6, options.rounds) for size in options.megabytes]
     show("a round beyond local work, two parties, TLS on the loopback", rows, options.json)

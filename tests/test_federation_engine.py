@@ -143,7 +143,7 @@ class Parties:
             arguments = (self.grid, Context(1, 0, {}, RecordDict(), run))
             threading.Thread(target=server, args=arguments, daemon=True).start()
             line = accept(door)
-        return FlowerEngine(line, [70, 71, 72], part=part, most=most)
+        return FlowerEngine(line, [70, 71, 72], part=part, piece=part // 2, most=most)
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def test_engine_obeys_the_contract() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 999, 1000, 1001, 5000])
-def test_long_frames_travel_in_parts_and_short_ones_in_one_message(length: int) -> None:
+def test_long_frames_travel_in_pieces_and_short_ones_in_one_message(length: int) -> None:
     brief = hashlib.shake_128(b"brief").digest(length)
 
     async def program(parties: Parties) -> None:
@@ -183,7 +183,7 @@ def test_long_frames_travel_in_parts_and_short_ones_in_one_message(length: int) 
         arrival = await _ask(engine, brief)
         assert bytes(arrival.frame) == b"0:1:" + brief
         assert parties.grid is not None
-        down, up = -(-length // 1000) or 1, -(-(length + 4) // 1000)
+        down, up = (1 if size <= 1000 else -(-size // 500) for size in (length, length + 4))
         assert len(parties.grid.carried) == down + up - 1
         assert max(max(sizes) for sizes in parties.grid.carried) <= 1000
         await engine.close()

@@ -74,7 +74,7 @@ class Resident:
         place = self._folder / arm
         place.mkdir(mode=0o700, exist_ok=True)
         if verb == "more":
-            return self._part(place, int(control["offset"]), int(control["size"]), 0.0)
+            return self._part(place, control, 0.0)
         incoming = place / "brief"
         if verb == "part" or int(control["offset"]):
             _extend(incoming, int(control["offset"]), frame)
@@ -85,7 +85,7 @@ class Resident:
             incoming.unlink()
         began = self._clock()
         self._work(place, arm, node, frame)
-        return self._part(place, 0, int(control["size"]), self._clock() - began)
+        return self._part(place, {**control, "offset": 0}, self._clock() - began)
 
     def _work(self, place: Path, arm: str, node: int, frame: bytes) -> None:
         key = hashlib.sha256(frame).hexdigest()
@@ -103,15 +103,17 @@ class Resident:
             if kept.get(name) and kept[name] != fresh[name]:
                 (place / kept[name]).unlink(missing_ok=True)
 
-    def _part(self, place: Path, offset: int, size: int, seconds: float) -> tuple[Control, bytes]:
-        kept = _read(place)
-        if not kept or not offset >= 0 or not 0 < size <= LARGEST:
+    def _part(self, place: Path, control: Control, seconds: float) -> tuple[Control, bytes]:
+        """Return an answer of up to ``size`` bytes whole, and of a longer one a piece."""
+        kept, (offset, size, piece) = _read(place), (int(control[key]) for key in ("offset", "size", "piece"))
+        if not kept or not offset >= 0 or not 0 < piece <= size <= LARGEST:
             raise EngineError("a part was asked for of an answer that is not there")
         path = place / kept["answer"]
+        total = path.stat().st_size
         with path.open("rb") as file:
             file.seek(offset)
-            part = file.read(size)
-        return {"total": path.stat().st_size, "seconds": seconds}, part
+            part = file.read(size if total <= size else piece)
+        return {"total": total, "seconds": seconds}, part
 
 
 def _read(place: Path) -> dict[str, str]:

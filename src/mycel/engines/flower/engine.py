@@ -1,7 +1,7 @@
 """The engine of a real federation: the coordinator's requests over Flower, on the real clock.
 
-A frame longer than ``PART`` travels in several messages, each asked for when the one before has come, so that no
-process on the way holds more than a part; a shorter one is a single question and a single answer.
+A frame of up to ``PART`` is a single question and a single answer. A longer one travels in pieces, each a message asked
+for when the one before has come, so that no process on the way holds more than a piece.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mycel.errors import EngineError
 from mycel.wire.shelf import Frame
 
 PART = 1 << 27  # bytes of a frame that travel in one message
+PIECE = 1 << 26  # bytes of each message that a longer frame travels in
 AGAIN = 10.0  # seconds after which a question outside of the rounds is asked for the second time
 
 
@@ -54,6 +55,7 @@ class FlowerEngine:
     start: float = 0.0
     most: int = 1 << 31
     part: int = PART
+    piece: int = PIECE
     _errands: dict[int, Errand] = field(default_factory=dict)
     _questions: dict[int, asyncio.Future[tuple[Control, bytes]]] = field(default_factory=dict)
     _arrived: asyncio.Queue[Arrival | EngineError] = field(default_factory=asyncio.Queue)
@@ -112,12 +114,17 @@ class FlowerEngine:
     def _forward(self, errand: Errand) -> None:
         """Send the next part of a brief; the last one is the question."""
         offset, whole = errand.sent, errand.request.frame
-        errand.sent = min(offset + self.part, len(whole))
+        errand.sent = min(offset + self._length(len(whole)), len(whole))
         verb = "ask" if errand.sent == len(whole) else "part"
         self._speak(errand, {"verb": verb, "offset": offset}, whole[offset : errand.sent])
 
+    def _length(self, total: int) -> int:
+        """Bytes of each message in which a frame of ``total`` bytes travels."""
+        return self.part if total <= self.part else self.piece
+
     def _speak(self, errand: Errand, control: Control, part: bytes = b"") -> None:
-        about = {"node": errand.request.node, "generation": errand.request.generation, "size": self.part}
+        about = {"node": errand.request.node, "generation": errand.request.generation}
+        about |= {"size": self.part, "piece": self.piece}
         tag = self._send(self.addresses[errand.request.node], {**control, **about}, part)
         self._errands[tag] = errand
 
@@ -167,7 +174,7 @@ class FlowerEngine:
             self._arrive(
                 errand, refusal=f"its answer claims {str(total)[:40]} bytes; at most {self.most:,} are accepted"
             )
-        elif len(frame) != min(self.part, total - errand.come.length):
+        elif len(frame) != min(self._length(total), total - errand.come.length):
             self._arrive(
                 errand, refusal=f"a part of its answer has {len(frame):,} bytes, which is not what was asked for"
             )
