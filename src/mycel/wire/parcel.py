@@ -71,12 +71,15 @@ class Parcel:
         return frame
 
     def to_file(self, path: Path) -> None:
-        """Write the frame that ``to_bytes`` returns to a file, without holding a copy of it."""
+        """Write the frame that ``to_bytes`` returns to a file, without holding a copy of it.
+
+        Raises
+        ------
+        SafetensorError
+            The file cannot be written: whoever chose the place knows what would help.
+        """
         parts, metadata = self._laid_out(RAW)
-        try:
-            save_file(parts, path, metadata)
-        except _UNWRITABLE as error:
-            raise self._unwritable(error) from error
+        save_file(parts, path, metadata)
 
     @property
     def size(self) -> int:
