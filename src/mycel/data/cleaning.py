@@ -50,6 +50,8 @@ class Rules:
         One of ``COMMON_WORDS`` whose words must be the most common here; empty: any.
     similarity : float
         Jaccard similarity of word shingles from which a document counts as a copy; 0: copies stay.
+    masks : bool
+        Whether addresses and numbers of persons are masked.
     """
 
     shortest: int = 40
@@ -57,6 +59,7 @@ class Rules:
     repeated: float = 0.5
     language: str = ""
     similarity: float = 0.8
+    masks: bool = True
 
     def __post_init__(self) -> None:
         if self.language and self.language not in COMMON_WORDS:
@@ -91,18 +94,23 @@ class Cleaner:
     def clean(self, documents: Iterable[str]) -> Iterator[str]:
         """Yield the documents that are kept, masked, in their order."""
         for document in documents:
-            reason = fault(document, self.rules) or self._copied(document)
-            self.counts[reason or "kept"] += 1
-            if not reason:
-                yield self._masked(document)
+            if self.keeps(document):
+                yield self.masked(document)
+
+    def keeps(self, document: str) -> bool:
+        """Whether a document stays; why not is counted."""
+        reason = fault(document, self.rules) or self._copied(document)
+        self.counts[reason or "kept"] += 1
+        return not reason
 
     def _copied(self, document: str) -> str:
         if self._spans and any(span in self._spans for span in _spans(_plain(document), 1)):
             return "protected"
         return "copy" if self._copies is not None and self._copies.known(document) else ""
 
-    def _masked(self, document: str) -> str:
-        for mask, pattern in MASKS:
+    def masked(self, document: str) -> str:
+        """The document with what names a person replaced, if the rules say so."""
+        for mask, pattern in MASKS if self.rules.masks else ():
             document, found = pattern.subn(mask, document)
             if found:
                 self.counts[f"masked {mask}"] += found

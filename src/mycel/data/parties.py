@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mycel.data.cleaned import clean_examples
 from mycel.data.examples import Example
 from mycel.data.partition import parse_partition, partition
 from mycel.data.sources import load_examples
@@ -19,11 +20,12 @@ CLOSED_SET = 4.0  # mean number of different prompts per response from which res
 
 @dataclass(frozen=True)
 class PartyData:
-    """What one party holds: examples to train on, and examples to be measured by."""
+    """What one party holds: examples to train on, and to be measured by; ``cleaned`` counts what cleaning did."""
 
     name: str
     train: list[Example]
     held_out: list[Example]
+    cleaned: dict[str, int] = field(default_factory=dict)
 
 
 def load_parties(spec: Data, seed: int) -> list[PartyData]:
@@ -44,7 +46,12 @@ def load_parties(spec: Data, seed: int) -> list[PartyData]:
     DataError
         A source or the partition is unsound, or a party has too few examples.
     """
-    pools = [(name, _shuffled(examples, f"{seed}/{name}")) for name, examples in _pools(spec, seed)]
+    cleaned: dict[str, dict[str, int]] = {}
+    pools = []
+    for name, examples in _pools(spec, seed):
+        if spec.cleaning:
+            examples, cleaned[name] = clean_examples(examples, spec.cleaning, name)
+        pools.append((name, _shuffled(examples, f"{seed}/{name}")))
     fingerprint = _fingerprint(example for _, pool in pools for example in pool)
     uses = Counter(fingerprint(example) for _, pool in pools for example in pool)
     parties: list[PartyData] = []
@@ -53,7 +60,7 @@ def load_parties(spec: Data, seed: int) -> list[PartyData]:
             raise DataError(_too_few(name, f"{len(pool)} unlike examples", spec))
         # A response that is used once is held out first, for then no one loses a training example by it.
         pool.sort(key=lambda example: uses[fingerprint(example)] > 1)
-        parties.append(PartyData(name, pool[spec.held_out :], pool[: spec.held_out]))
+        parties.append(PartyData(name, pool[spec.held_out :], pool[: spec.held_out], cleaned.get(name, {})))
     measured = {fingerprint(example) for party in parties for example in party.held_out}
     return [_clean(party, spec, lambda example: fingerprint(example) not in measured, seed) for party in parties]
 
@@ -62,7 +69,8 @@ def _clean(party: PartyData, spec: Data, allowed: Callable[[Example], bool], see
     train = [example for example in party.train if allowed(example)]
     if not train:
         raise DataError(_too_few(party.name, "none whose response is not also held out", spec))
-    return PartyData(party.name, _shuffled(train, f"{seed}/{party.name}/train")[: spec.examples], party.held_out)
+    chosen = _shuffled(train, f"{seed}/{party.name}/train")[: spec.examples]
+    return PartyData(party.name, chosen, party.held_out, party.cleaned)
 
 
 def _too_few(name: str, found: str, spec: Data) -> str:

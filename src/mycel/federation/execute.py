@@ -53,6 +53,7 @@ class Federated(Execution):
     hub: Reach = field(kw_only=True)
     coordinator: Coordinator | None = None
     declined: dict[str, str] = field(default_factory=dict)
+    cleaned: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Carry the run to its end and return the content of ``result.json``."""
@@ -64,6 +65,8 @@ class Federated(Execution):
             task = Task(self.recipe, self._name(), base_sha256(base))
             finished = asyncio.run(self._program(task, base))
             result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
+            if self.recipe.data.cleaning:
+                result["cleaning"] = self.cleaned
             self._conclude(result, finished)
         return result
 
@@ -189,6 +192,7 @@ class Federated(Execution):
                 self.log.record("drop", "system", round=0, node=name, reason="declined", detail=node, bytes=0, at=0.0)
             else:
                 nodes.append(node)
+                self.cleaned[name] = _counts(control["said"].get("cleaning", {}))
         return nodes
 
     async def _present(self, engine: FlowerEngine) -> dict[str, int]:
@@ -217,6 +221,12 @@ def _node(index: int, name: str, control: Mapping[str, Any]) -> Node | str:
         return Node(index, name, int(said["samples"]), float(said["mean_tokens"]), int(said["held_out"]), rank)
     except (LookupError, ValueError, TypeError):
         return f"it describes itself as {json.dumps(said)[:80]}"
+
+
+def _counts(said: Any) -> dict[str, int]:
+    """What a party says that cleaning did: a few short names with whole numbers, and nothing else."""
+    found = said.items() if isinstance(said, dict) else ()
+    return {str(name)[:40]: count for name, count in list(found)[:32] if type(count) is int and 0 <= count < 1 << 53}
 
 
 def _no_examples() -> TokenStore:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mycel.collectives.layout import check_layout, layout_of
+from mycel.data.cleaned import clean_examples
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.sources import load_examples
 from mycel.data.tokens import TokenStore
@@ -154,6 +155,7 @@ class Membership:
     _sites: dict[str, PrivateSite] = field(default_factory=dict)
     _about: dict[str, Control] = field(default_factory=dict)
     _bases: dict[str, Base] = field(default_factory=dict)
+    _cleaned: dict[str, int] = field(default_factory=dict)
 
     def describe(self, arm: str, job: str, node: int) -> Control:
         """Open a run, if this party consents to it, and say what its coordinator may know: counts."""
@@ -170,7 +172,8 @@ class Membership:
             world.sizes = {about.rank: site.bind(rank).size()}
             self.consent.check_memory(peak_bytes(world, about))
             counts = {"samples": about.samples, "mean_tokens": about.mean_tokens, "held_out": about.held_out_tokens}
-            self._sites[arm], self._about[arm] = site, {"name": self.name, "rank": rank, **counts}
+            cleaned = {"cleaning": self._cleaned} if task.recipe.data.cleaning else {}
+            self._sites[arm], self._about[arm] = site, {"name": self.name, "rank": rank, **counts, **cleaned}
         return self._about[arm]
 
     def _open(self, arm: str, task: Task, node: int) -> PrivateSite:
@@ -183,7 +186,9 @@ class Membership:
             )
         spec, path = task.recipe.data, self.folder / f"{arm}.safetensors"
         tokenizer = open_base(base).tokenizer
-        TokenStore.build([self._examples(task.recipe)], tokenizer, spec.max_length, spec.pack).save(path)
+        party = self._examples(task.recipe)
+        self._cleaned = party.cleaned
+        TokenStore.build([party], tokenizer, spec.max_length, spec.pack).save(path)
         site = PrivateSite(Job(task.recipe, str(base), str(path)), self._bases, leader=self.leader)
         site.own = node
         return site
@@ -200,8 +205,12 @@ class Membership:
         spec = recipe.data
         train, held_out = self.data / "train.jsonl", self.data / "held_out.jsonl"
         if train.exists() and held_out.exists():
-            examples = load_examples(str(train))[: spec.examples]
-            return PartyData(self.name, examples, load_examples(str(held_out))[: spec.held_out])
+            examples, measured = load_examples(str(train)), load_examples(str(held_out))
+            cleaned: dict[str, int] = {}
+            if spec.cleaning:
+                examples, cleaned = clean_examples(examples, spec.cleaning, self.name)
+                measured, _ = clean_examples(measured, spec.cleaning, self.name)
+            return PartyData(self.name, examples[: spec.examples], measured[: spec.held_out], cleaned)
         (party,) = load_parties(spec.model_copy(update={"parties": [str(self.data)]}), recipe.seed)
         return party
 

@@ -53,6 +53,9 @@ class Data(Section):
     examples: Positive = Field(400, description="training examples per party, at most")
     held_out: Positive = Field(48, description="held-out examples per party")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens of prompt and response together")
+    cleaning: list[str] = Field(
+        default=[], description='done where the text lies, e.g. ["quality", "language(en)", "copies(0.8)", "masks"]'
+    )
     pack: bool = Field(False, description="join documents end to end and cut rows of max_length, for pre-training")
 
 
@@ -148,6 +151,13 @@ class Layout(Section):
     chunks: Positive = Field(1, description="stages that a pipeline rank holds, far apart in the model; zbv takes 2")
     blocks: list[Positive] = Field(default=[], description="blocks of each pipeline stage; empty: as even as can be")
     recompute: bool = Field(False, description="drop activations on the way forward and compute them again")
+    activations: list[Literal["keep", "selective", "recompute", "offload"]] = Field(
+        default=[], description="what each block leaves for its way back, or one for all; empty: as recompute says"
+    )
+    activation_mib: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="memory for what a rank's blocks leave; the fastest mixture that fits is taken; 0: no limit"
+    )
+    offload_optimizer: bool = Field(False, description="the optimiser's memory lies in a file")
     codec: str = Field("", description="codec of the gradients that data ranks exchange; empty: none")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: at the end")
 

@@ -63,6 +63,7 @@ def write_report(folder: Path) -> Path:
         recipe_sha256=str(result.recipe.get("sha256", "")),
         predicted=predicted_rows(result),
         guard=guard_rows(result),
+        cleaning=result.cleaning,
     )
     return write_page(folder / "report.html", text)
 

@@ -163,6 +163,7 @@ class Result(Part):
     predicted: dict[str, Any] | None = None
     arms: dict[str, Way] = {}
     guard: dict[str, Any] = {}
+    cleaning: dict[str, dict[str, Count]] = {}
     audit: dict[str, Any] = {}
 
 

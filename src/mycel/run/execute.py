@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mycel.data.cleaned import parse_cleaning
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.partition import parse_partition
 from mycel.data.tokens import TokenStore
@@ -90,6 +92,8 @@ class Execution:
             result = build_result(self.recipe, finished, probes, time.monotonic() - started)
             if len(finished["system"].world.nodes) <= FORETOLD:
                 result["predicted"] = as_predicted(forecast(finished["system"].world))
+            if self.recipe.data.cleaning:
+                result["cleaning"] = json.loads(self.folder.cleaning.read_text(encoding="utf-8"))
             self._conclude(result, finished["system"])
         finally:
             self.log.close()
@@ -117,6 +121,8 @@ class Execution:
             return
         spec = self.recipe.data
         store = TokenStore.build(parties, open_base(base).tokenizer, spec.max_length, spec.pack)
+        if spec.cleaning:
+            write_json(self.folder.cleaning, {party.name: party.cleaned for party in parties})
         temporary = self.folder.tokens.with_name(".tokens.safetensors")
         with writing(self.folder.tokens):
             store.save(temporary)
@@ -227,6 +233,7 @@ def check_recipe(recipe: Recipe) -> None:
     parties = _count_parties(recipe)
     for arm in arms_of(recipe, parties):
         load_system(arm.recipe)
+    parse_cleaning(recipe.data.cleaning)
     parse_codec(recipe.wire.codec)
     parse_codec(recipe.wire.brief_codec)
     load_fleet(recipe.fleet.devices)

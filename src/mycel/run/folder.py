@@ -38,6 +38,7 @@ class RunFolder:
         self.model = path / "model"
         self.work = path / "work"
         self.tokens = self.work / "tokens.safetensors"
+        self.cleaning = self.work / "cleaning.json"
 
     def checkpoint(self, arm: str) -> Path:
         """Where an arm's checkpoint lies."""

@@ -17,6 +17,7 @@ from mycel.collectives.layout import check_layout, ranks_of
 from mycel.collectives.program import Course, Program, checkpoint_folder
 from mycel.collectives.ranks import Ranks, island
 from mycel.collectives.saving import Checkpoints
+from mycel.data.cleaned import parse_cleaning
 from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
 from mycel.errors import EngineError, RecipeError
@@ -39,6 +40,7 @@ def check_island(recipe: Recipe, ranks: int) -> None:
             'set system = "synchronous", or run without --nproc'
         )
     load_system(recipe)
+    parse_cleaning(recipe.data.cleaning)
     if not recipe.data.pack:
         raise RecipeError("data.pack is false, and the ranks of an island need rows of one length: set it to true")
     base = open_base(find_base(recipe.model.base))
@@ -78,6 +80,8 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         if not ranks.first:
             return None
         result = _result(recipe, ranks, store, course, (before, after), time.monotonic() - started)
+        if recipe.data.cleaning:
+            result["cleaning"] = json.loads(folder.cleaning.read_text(encoding="utf-8"))
         result["curve"]["before"] = [earlier.get(step) for step in range(course.first)]
         _save(base, weights, folder)
         write_json(folder.result, result)
@@ -101,6 +105,8 @@ def _start(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
 def _write_tokens(recipe: Recipe, base: Base, folder: RunFolder) -> None:
     if not folder.tokens.exists():
         parties = load_parties(recipe.data, recipe.seed)
+        if recipe.data.cleaning:
+            write_json(folder.cleaning, {party.name: party.cleaned for party in parties})
         temporary = folder.tokens.with_name(".tokens.safetensors")
         TokenStore.build(parties, base.tokenizer, recipe.data.max_length, True).save(temporary)
         temporary.replace(folder.tokens)
