@@ -115,8 +115,8 @@ def test_a_round_with_a_delay_takes_the_longer_of_computing_and_sending(lab: Lab
     assert max(gaps[0]) < 1.02 * max(compute, travel) + 1e-4
 
 
-def test_photon_with_all_islands_and_kept_memory_is_diloco(lab: Laboratory) -> None:
-    own, plain = lab.run(recipe(lab, "photon", knobs(inner="kept"))), lab.run(recipe(lab, "diloco"))
+def test_photon_with_all_islands_is_diloco(lab: Laboratory) -> None:
+    own, plain = lab.run(recipe(lab, "photon")), lab.run(recipe(lab, "diloco"))
     assert all(torch.equal(own.state.shared[name], tensor) for name, tensor in plain.state.shared.items())
     assert -1 <= own.state.facts["consensus"] <= 1
 
