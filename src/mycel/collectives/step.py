@@ -90,8 +90,7 @@ class Trainer:
             self.exchange.average(named_weights(self.stage))
         settle(self.stage, self.ranks)
         total = losses.detach().double()
-        dist.all_reduce(total, group=self.ranks.replicas.get_group())
-        dist.all_reduce(total, group=self.ranks.group("pipeline"))
+        self._sum(total)
         return float(total) / replicas
 
     def loss(self, rows: Tensor) -> float:
@@ -105,9 +104,16 @@ class Trainer:
             flat = hidden.reshape(-1, hidden.shape[-1]).float()
             total += nn.functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
         self.stage.train()
-        dist.all_reduce(total, group=self.ranks.replicas.get_group())
-        dist.all_reduce(total, group=self.ranks.group("pipeline"))
+        self._sum(total)
         return float(total) / count
+
+    def _sum(self, total: Tensor) -> None:
+        """Add up a number over the replicas and the stages, where there is more than one."""
+        layout = self.ranks.layout
+        if layout.data * layout.sequence > 1:
+            dist.all_reduce(total, group=self.ranks.replicas.get_group())
+        if layout.pipeline > 1:
+            dist.all_reduce(total, group=self.ranks.group("pipeline"))
 
     def _handed_on(self, ids: Tensor) -> Tensor:
         group, place = self.ranks.group("pipeline"), self.ranks.place("pipeline")
