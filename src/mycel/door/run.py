@@ -84,6 +84,7 @@ def configured(app: ASGIApp) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         lifespan="off",
+        ws="none",
         # Longer than clients keep idle connections: otherwise one is closed in the moment a client uses it again.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,

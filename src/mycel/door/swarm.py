@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -26,31 +26,37 @@ class SwarmService(Service):
     """A service whose executor asks peers; leaving the swarm is part of closing it."""
 
     def __init__(self, engine: Engine, most: int, hall: Hall) -> None:
-        self._hall = hall
+        self.hall = hall
         super().__init__(engine, most)
 
     def report_to(self, notice: Notice) -> None:
         """Tell also who comes and goes with which blocks, and which peers were lost and at what price."""
         super().report_to(notice)
-        self._hall.report_to(notice)
+        self.hall.report_to(notice)
 
     def close(self) -> None:
         """End what is under way and leave the swarm."""
         super().close()
-        self._hall.close()
+        self.hall.close()
 
 
 class Hall:
-    """An event loop on a thread of its own, in which a swarm's model is open."""
+    """An event loop on a thread of its own, in which a swarm's model is open.
 
-    def __init__(self, swarm: str, model: str) -> None:
+    Parameters
+    ----------
+    opening : AsyncContextManager
+        Opens the model, as ``segments.door.join_model`` does.
+    """
+
+    def __init__(self, opening: AbstractAsyncContextManager[SwarmModel]) -> None:
         self.loop = asyncio.new_event_loop()
         self._leave = AsyncExitStack()
         self._watching: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self.loop.run_forever, name="swarm", daemon=True)
         self._thread.start()
         try:
-            self.model = asyncio.run_coroutine_threadsafe(self._join(swarm, model), self.loop).result()
+            self.model = asyncio.run_coroutine_threadsafe(self._leave.enter_async_context(opening), self.loop).result()
         except BaseException:
             self._end()
             raise
@@ -84,9 +90,6 @@ class Hall:
         finally:
             self._end()
 
-    async def _join(self, swarm: str, model: str) -> SwarmModel:
-        return await self._leave.enter_async_context(join_model(swarm, model))
-
     def _end(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
@@ -119,10 +122,22 @@ def open_swarm(
         Most tokens guessed ahead.
     """
     folder = find_base(model, progress)
+    return swarm_served(Path(model).name, folder, join_model(swarm, model), most, drafter, guesses)
+
+
+def swarm_served(
+    name: str,
+    folder: Path,
+    opening: AbstractAsyncContextManager[SwarmModel],
+    most: int,
+    drafter: Callable[[int], Drafter] | None = None,
+    guesses: int = 4,
+) -> Served:
+    """Serve a model under a name whose tokeniser lies in a folder and whose blocks are wherever ``opening`` leads."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    hall = Hall(swarm, model)
+    hall = Hall(opening)
     executor: Executor = Pipeline(hall.model, hall.loop)
     guessing = drafter(executor.vocabulary) if drafter is not None else None
     limits = Limits(share=False, guesses=guesses)
     service = SwarmService(Engine(executor, tokenizer, limits, drafter=guessing), most, hall)
-    return Served(Path(model).name, tokenizer, service)
+    return Served(name, tokenizer, service)

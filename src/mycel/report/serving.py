@@ -1,39 +1,37 @@
-"""The report of a serving run: how long clients waited and how much was generated, from the door's journal alone."""
+"""The report of a serving run: how long clients waited, where the time went, who held what, and what was survived."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mycel.errors import RunError
+from mycel.report.holdings import MOST_FAILURES, failures, holdings_plot, layout_line, load_plot, refusals
+from mycel.report.journal import JOURNAL, SPANS, Served, read_journal
 from mycel.report.page import render, write_page
+from mycel.report.plots import legend
 from mycel.report.style import Plot, axes, draw, light
 from mycel.report.wording import seconds_text, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-JOURNAL = "requests.jsonl"
-SIZE = (430.0, 256.0)
-MOST_BYTES = 1 << 30
-
-
-class Served(BaseModel):
-    """One line of the journal."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    arrived: float
-    first: float | None = Field(None, ge=0)
-    last: float | None = Field(None, ge=0)
-    prompt: int = Field(ge=0)
-    generated: int = Field(ge=0)
-    whole: bool
+SIZE, WIDE = (430.0, 256.0), (880.0, 256.0)
+MOST_POINTS = 4000
+MEANING = {
+    "parse": "reading and checking the body",
+    "tokenise": "prompt to tokens",
+    "enter": "to the engine",
+    "queue": "waiting for a place",
+    "prefill": "computing the prompt",
+    "decode": "computing tokens",
+    "detokenise": "tokens to text",
+    "generate": "inside an engine that tells no more",
+    "send": "forming and sending the answer",
+}
 
 
 def write_serving_report(folder: Path) -> Path:
@@ -44,15 +42,19 @@ def write_serving_report(folder: Path) -> Path:
     RunError
         The journal is missing, damaged or empty, or the page cannot be written.
     """
-    served = read_journal(folder)
+    journal = read_journal(folder)
+    served = journal.served
     answered = [request for request in served if request.first is not None and request.last is not None]
     if not answered:
         raise RunError(f"{folder / JOURNAL} tells of no answered request: nothing to report yet")
     start = min(request.arrived for request in served)
     end = max(request.arrived + (request.last or 0.0) for request in served)
+    end = max(end, *(event.at for event in journal.events), end)
     tokens = sum(request.generated for request in served)
     firsts = [request.first for request in answered if request.first is not None]
     gaps = [_gap(request) for request in answered if request.generated > 1]
+    failed = failures(journal, start)
+    held = holdings_plot(journal, start, end)
     text = render(
         "serving.html",
         title=f"Serving, {folder.resolve().name}",
@@ -61,33 +63,82 @@ def write_serving_report(folder: Path) -> Path:
         tokens=tokens,
         rate=tokens / max(end - start, 1e-9),
         span=end - start,
+        layout=layout_line(journal),
         rows=[("to the first token", _quantiles(firsts)), ("between tokens", _quantiles(gaps))],
         plots=[
             _spread("first", "Wait for the first token", firsts, "federated"),
             _spread("gap", "Time between tokens", gaps, "centralised"),
+            _over_time(answered, start, end),
             _throughput(served, start, end),
         ],
+        spans=_spans(answered),
+        way=_way(answered),
+        holdings=[*([held] if held else []), load_plot(journal, start, end)],
+        failures=failed[:MOST_FAILURES],
+        more_failures=max(0, len(failed) - MOST_FAILURES),
+        refusals=refusals(journal),
     )
     return write_page(folder / "report.html", text)
 
 
-def read_journal(folder: Path) -> list[Served]:
-    """Read and check a journal; a last line that was cut off is left out."""
-    path = folder / JOURNAL
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise RunError(f"{path} has more than {MOST_BYTES} bytes: report on a part of it")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read: is {folder} a folder of `mycel serve --log`?") from error
-    served = []
-    for number, line in enumerate(lines, 1):
-        try:
-            served.append(Served.model_validate(json.loads(line)))
-        except (ValueError, ValidationError, RecursionError) as error:
-            if number < len(lines):
-                raise RunError(f"line {number} of {path} is damaged: remove it") from error
-    return served
+def _spans(answered: Sequence[Served]) -> list[tuple[str, str, list[str]]]:
+    """Return the quantiles of each part of the way, in its order."""
+    found = {name: [request.spans[name] for request in answered if name in request.spans] for name in SPANS}
+    return [(name, MEANING[name], _quantiles(values)) for name, values in found.items() if values]
+
+
+def _way(answered: Sequence[Served]) -> Plot:
+    name, title = "way", "Where the time of a request goes"
+    told = [request.spans for request in answered if request.spans]
+    if not told:
+        return Plot(name, title, "", "full", reason="the journal tells no parts of the way")
+    means = {part: float(np.mean([spans.get(part, 0.0) for spans in told])) for part in SPANS}
+    means = {part: mean for part, mean in means.items() if mean > 0}
+    total = sum(means.values())
+    divisor, unit = time_unit(max(means.values()))
+
+    def paint(figure: Figure) -> None:
+        frame = axes(figure, left=84, right=70, top=6, bottom=42)
+        rows = list(means)
+        own = {"parse", "tokenise", "enter", "detokenise", "send"}
+        colors = [light("upload" if part in own else "federated") for part in rows]
+        frame.barh(range(len(rows)), [means[part] / divisor for part in rows], color=colors, height=0.62)
+        for row, part in enumerate(rows):
+            text = f"{means[part] / total:.1%}"
+            frame.text(means[part] / divisor, row, f" {text}", va="center", fontsize=10.5, color=light("quiet"))
+        frame.set_yticks(range(len(rows)), rows)
+        frame.tick_params(axis="y", labelcolor=light("ink"))
+        frame.set_ylim(len(rows) - 0.5, -0.5)
+        frame.set_xlabel(f"{unit}, mean of a request")
+
+    caption = (
+        "From the door to the engine and back; the door's own parts in the lighter colour, the engine's in the other."
+    )
+    return Plot(name, title, caption, "full", draw(name, title, (WIDE[0], 60 + 24 * len(means)), paint))
+
+
+def _over_time(answered: Sequence[Served], start: float, end: float) -> Plot:
+    name, title = "latency", "Waits over time"
+    shown = answered[:: max(1, -(-len(answered) // MOST_POINTS))]
+    divisor, unit = time_unit(end - start)
+    firsts = np.array([request.first or 0.0 for request in shown])
+    wholes = np.array([request.last or 0.0 for request in shown])
+    times = np.array([request.arrived - start for request in shown]) / divisor
+    across, across_unit = time_unit(float(wholes.max()))
+
+    def paint(figure: Figure) -> None:
+        frame = axes(figure, left=54, right=14, top=30, bottom=42)
+        looks = {"linestyle": "none", "marker": ".", "alpha": 0.6, "markeredgewidth": 0.0}
+        frame.plot(times, wholes / across, color=light("upload"), label="to the last token", markersize=7, **looks)
+        frame.plot(times, firsts / across, color=light("federated"), label="to the first token", markersize=6, **looks)
+        frame.set_ylim(bottom=0)
+        frame.set_xlim(0, max(end - start, 1e-3) / divisor * 1.005)
+        frame.set_xlabel(unit)
+        frame.grid(axis="y", color=light("line"), linewidth=0.8)
+        legend(frame, 4)
+
+    caption = f"Each request at its arrival, waits in {across_unit}."
+    return Plot(name, title, caption, "full", draw(name, title, WIDE, paint))
 
 
 def _gap(request: Served) -> float:
@@ -146,5 +197,5 @@ def _throughput(served: Sequence[Served], start: float, end: float) -> Plot:
         title,
         "Tokens a second, over the time the door was open.",
         "full",
-        draw(name, title, (880.0, 256.0), paint),
+        draw(name, title, WIDE, paint),
     )
