@@ -78,6 +78,10 @@ def test_gguf_read_by_transformers_computes_the_same_logits(base: Base, tmp_path
         assert torch.allclose(bare(ids).logits, base.model(ids).logits, atol=1e-4)
     with pytest.raises(GenerationError, match="exists"):
         export_command(str(tmp_path / "run"), "gguf", tmp_path / "model.gguf", "f32")
+    write_gguf(base.folder, tmp_path / "half.gguf", "bf16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="half.gguf").eval()
+    with torch.no_grad():
+        assert 0 < float((half(ids).logits - base.model(ids).logits).abs().max()) < 0.2
     with pytest.raises(ModelError, match="q8_0"):
         write_gguf(base.folder, tmp_path / "other.gguf", "q3")
 

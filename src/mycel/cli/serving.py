@@ -82,7 +82,7 @@ def export(
     run: ModelName,
     format: Annotated[str, typer.Option("--format", help="gguf or ctranslate2.")] = "gguf",
     out: Annotated[Path | None, typer.Option(help="File or folder to write; beside the model by default.")] = None,
-    quantization: Annotated[str, typer.Option(help="float32 or int8 (ctranslate2), f32, f16 or q8_0 (gguf).")] = "",
+    quantization: Annotated[str, typer.Option(help="float32, int8 (ctranslate2); f32, f16, bf16, q8_0 (gguf).")] = "",
 ) -> None:
     """Write a model, its adapter merged, for other engines."""
     from mycel.cli.export import export_command

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from mycel.errors import ExtraMissing, ModelError
 
-KINDS = ("f32", "f16", "q8_0")
+KINDS = ("f32", "f16", "bf16", "q8_0")
 FAMILIES = ("llama", "mistral")
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -44,7 +44,7 @@ def write_gguf(folder: Path, file: Path, kind: str = "f32") -> None:
     file : Path
         Written whole or not at all.
     kind : str
-        How matrices are kept: f32, f16 or q8_0.
+        How matrices are kept: f32, f16, bf16 or q8_0.
 
     Raises
     ------
@@ -158,8 +158,8 @@ def _add(writer: Any, gguf: Any, config: Any, name: str, tensor: Tensor, kind: s
     elif kind == "f16":
         writer.add_tensor(target, values.astype("float16"))
     else:
-        packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        packing = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(target, gguf.quants.quantize(values, packing), raw_dtype=packing)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -48,17 +48,18 @@ class LlamaCpp(Batched):
                 return
 
 
-def open_llama_cpp(found: Found, most: int) -> Served:
-    """Serve a model with llama.cpp, writing it as GGUF first where that was not done before."""
+def open_llama_cpp(found: Found, most: int, kind: str = "bf16") -> Served:
+    """Serve a model with llama.cpp, writing it as GGUF of a kind first where that was not done before."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise ExtraMissing("llama-cpp-python", "llamacpp")
     from mycel.generation.ctranslate import context_of
 
-    key = hashlib.sha256(str(found.base.resolve()).encode()).hexdigest()[:16]
-    file = cache_folder() / "gguf" / f"{found.base.name}-{key}.gguf"
+    weights = sorted((path.name, path.stat().st_mtime_ns) for path in found.base.glob("*.safetensors"))
+    key = hashlib.sha256(repr((str(found.base.resolve()), weights)).encode()).hexdigest()[:16]
+    file = cache_folder() / "gguf" / f"{found.base.name}-{kind}-{key}.gguf"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file():
-            write_gguf(found.base, file, "f32")
+            write_gguf(found.base, file, kind)
     tokenizer = AutoTokenizer.from_pretrained(found.base, local_files_only=True)
     return Served(found.name, tokenizer, LlamaCpp(file, tokenizer, context_of(found.base), most))
