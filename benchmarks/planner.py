@@ -1,9 +1,9 @@
 """Predicted against measured, over layouts really run: ``python benchmarks/planner.py [--measured FILE] [--json]``.
 
-The cost model of ``mycel.decisions.cost`` is fitted to every third layout that ``benchmarks/layouts.py`` measured on
-this machine (speed of a core, seconds of a block's pass and of a collective call, bandwidth between ranks,
-activations), and held to the others: median errors of seconds, memory and bytes, and how far its choice lies from the
-best that was run.
+The cost model of ``mycel.decisions.cost`` is fitted to every third layout of equal ranks that ``benchmarks/layouts.py``
+measured on this machine (speed of a core, seconds of a block's pass and of a collective call, bandwidth between ranks,
+activations), and held to the others, unlike ranks and thin links among them: median errors of seconds, memory and
+bytes, and how far its choice lies from the best that was run.
 """
 
 from __future__ import annotations
@@ -34,10 +34,16 @@ def predicted(row: dict[str, Any], speed: float, mbps: float, known: Coefficient
     """Return the cost model's answer for a layout on equal ranks of this machine."""
     hidden, blocks, rows, tokens = row["shape"]
     layout = Layout(**row["layout"])
-    device = Device("rank", gflops=speed, link=Link(mbps, mbps, 0.0))
+    scene, last = row["scene"], row["ranks"] - 1
+    link = Link(mbps, mbps, 0.0)
+    thin = Link(scene["mbps"], scene["mbps"], scene["latency_ms"]) if scene["mbps"] else link
+    devices = [
+        Device("rank", gflops=speed * (scene["speed"] if rank == last else 1), link=thin if rank == last else link)
+        for rank in range(row["ranks"])
+    ]
     work = Work(graph_of(config(hidden, blocks), tokens), rows)
-    split = [len(part) for part in stage_blocks(blocks, layout.pipeline)]
-    return predict(work, layout, split, [device] * row["ranks"], known)
+    split = [len(part) for part in stage_blocks(blocks, layout.pipeline, layout.blocks or None)]
+    return predict(work, layout, split, devices, replace(known, cores=scene["cores"] or CORES))
 
 
 def fit(rows: list[dict[str, Any]]) -> tuple[float, float, Coefficients]:
@@ -45,7 +51,7 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, float, Coefficients]:
 
     def unpack(point: Any) -> tuple[float, float, Coefficients]:
         speed, mbps, operation, call, update = (float(value) for value in np.exp(point))
-        return speed, mbps, Coefficients(operation, call, 1.0, CORES, update)
+        return speed, mbps, Coefficients(operation, call, 1.0, CORES, update, speed)
 
     def errors(point: Any) -> list[float]:
         speed, mbps, known = unpack(point)
@@ -64,18 +70,30 @@ def _factor(row: dict[str, Any], speed: float, mbps: float, known: Coefficients)
     return float((row["memory"] - none) / (one - none))
 
 
+def group_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Layouts among which a plan chooses: those of the same ranks, model and scene."""
+    return row["scene"]["name"], row["ranks"], *row["shape"]
+
+
 def main() -> None:
     """Fit, score and print."""
-    options = arguments(__doc__ or "", measured={"type": Path, "help": "what layouts.py --keep wrote"})
-    found = json.loads(options.measured.read_text(encoding="utf-8")) if options.measured else run_all()
+    options = arguments(__doc__ or "", measured={"type": Path, "nargs": "+", "help": "what layouts.py --keep wrote"})
+    found = (
+        [row for path in options.measured for row in json.loads(path.read_text(encoding="utf-8"))]
+        if options.measured
+        else run_all()
+    )
     rows = [row for row in found if "layout" in row]
-    fitted, held = rows[::3], [row for index, row in enumerate(rows) if index % 3]
+    equal = [row for row in rows if row["scene"]["name"] == "equal"]
+    fitted, held = equal[::3], [row for index, row in enumerate(equal) if index % 3]
+    held += [row for row in rows if row["scene"]["name"] != "equal"]
     speed, mbps, known = fit(fitted)
     shown = []
     for row in held:
         cost = predicted(row, speed, mbps, known)
         shown.append(
             {
+                "scene": row["scene"]["name"],
                 "shape": "x".join(map(str, row["shape"])),
                 "layout": named(row["layout"]),
                 "ms": 1e3 * row["seconds"],
@@ -86,9 +104,9 @@ def main() -> None:
             }
         )
     choices = []
-    for shape in {tuple(row["shape"]) for row in rows}:
-        for ranks in {row["ranks"] for row in rows}:
-            same = [row for row in rows if tuple(row["shape"]) == shape and row["ranks"] == ranks]
+    for key in sorted({group_of(row) for row in rows}):
+        same = [row for row in rows if group_of(row) == key]
+        if len(same) > 1:
             chosen = min(same, key=lambda row: predicted(row, speed, mbps, known).seconds)
             choices.append(chosen["seconds"] / min(row["seconds"] for row in same) - 1)
     totals = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mycel.decisions.cost import Work, memory_of, predict
+from mycel.decisions.cost import NOMINAL, Coefficients, Work, memory_of, predict
 from mycel.decisions.graph import graph_of
 from mycel.decisions.partition import Chain, Partition, Proportional, StageCost, by_integer_programme, every_split
 from mycel.decisions.planner import Plans, Task, left_out, placements
@@ -18,6 +20,7 @@ from mycel.fleet.probe import probe, refuse_existing, write_probe
 from mycel.fleet.profiles import load_fleet
 from mycel.models.sizes import SIZES
 from mycel.recipe.schema import Layout
+from mycel.run.calibrating import between_ranks
 from mycel.testing.decisions import check_decision
 from small_runs import mycel
 
@@ -130,5 +133,84 @@ def test_a_probe_makes_a_fleet_that_can_be_planned_with(tmp_path: Path) -> None:
         refuse_existing(path)
     found = json.loads(mycel("plan", "island", "--fleet", path, "--json", folder=tmp_path).stdout)
     assert found["plans"][0]["devices"] == [fleet[0].name]
+    text = '[calibration]\ncall = 1e-4\n[[device]]\nname = "a"\nunreachable = ["b"]\n[[device]]\nname = "b"\n'
+    path.write_text(text, encoding="utf-8")
+    fleet = load_fleet(str(path)).devices
+    assert not fleet[0].reaches(fleet[1])
+    assert not fleet[1].reaches(fleet[0])
+    assert load_fleet(str(path)).calibration == {"call": 1e-4}
     path.write_text('[[device]]\nname = "a"\nprice_per_hour = -1.0\n', encoding="utf-8")
     assert "price_per_hour" in mycel("plan", "island", "--fleet", path, folder=tmp_path, expect=1).stderr
+
+
+RING = ("a", "b", "c")
+
+
+def test_devices_without_links_between_them_share_no_stage_and_are_named() -> None:
+    apart = tuple(
+        Device(name, 50, 8, link=FAST, unreachable=tuple(other for other in RING if other != name)) for name in RING
+    )
+    task = Task(WORK, CONFIG, apart)
+    plan = Plans().decide(task)
+    assert len(plan.devices) == 1
+    assert all("no link to" in reason for reason in left_out(task, plan).values())
+    small = tuple(replace(device, memory_gib=1e-4) for device in apart)
+    with pytest.raises(RecipeError, match="a link between a and b, a and c, b and c"):
+        Plans().decide(Task(WORK, CONFIG, small))
+    # Where only the ends of a line miss a link, the one between them joins a pipeline.
+    line = (
+        Device("a", 0.5, 8, link=FAST, unreachable=("c",)),
+        Device("b", 0.5, 8, link=FAST),
+        Device("c", 0.5, 8, link=FAST),
+    )
+    piped = Plans().decide(Task(WORK, CONFIG, line))
+    assert piped.layout.pipeline in {2, 3} or len(piped.devices) < 3
+    if piped.layout.pipeline == 3:
+        assert piped.devices[1].name == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('[[device]]\nname = "a"\nunreachable = ["bb"]\n[[device]]\nname = "b"\n', "did you mean 'b'"),
+        ('[[device]]\nname = "a"\nunreachable = "b"\n', "a list of devices' names"),
+        ('[[device]]\nname = "a"\n[[device]]\nname = "a"\n', "'a' twice"),
+        ('[[device]]\nname = "a"\nlink = { price_per_gib = -0.1 }\n', "price_per_gib"),
+        ('[calibration]\nspeed = 1\n[[device]]\nname = "a"\n', "unknown key 'speed'"),
+        ('[calibration]\ncall = -1.0\n[[device]]\nname = "a"\n', "0 or more"),
+        ('calibration = 3\n[[device]]\nname = "a"\n', "a table is needed"),
+    ],
+)
+def test_fleet_files_that_cannot_be_are_refused_with_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=sentence):
+        load_fleet(str(path))
+
+
+def test_slower_devices_take_longer_for_overheads_too_and_wait_for_what_they_are_sent() -> None:
+    known = Coefficients(operation=1e-3, reference=50.0)
+    quick, slow = (
+        predict(WORK, Layout(), (4,), (Device("a", speed, 8, link=FAST),), known).seconds for speed in (50.0, 25.0)
+    )
+    assert slow == pytest.approx(2 * quick)
+    thin = Device("b", 50, 8, link=Link(10, 10, 0))
+    found = predict(WORK, Layout(pipeline=2), (2, 2), (Device("a", 50, 8, link=FAST), thin), NOMINAL)
+    message = 8 * 64 * CONFIG.hidden_size * 4
+    assert found.parts["exchange"] == pytest.approx(2 * 8e-6 * message / 10, rel=0.01)
+
+
+def test_a_probe_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EngineError, match="could not measure their link"):
+        between_ranks()
+
+
+@pytest.mark.slow
+def test_a_probed_machine_is_calibrated_and_its_plan_uses_that(tmp_path: Path) -> None:
+    mycel("fleet", "probe", "--seconds", "2", "--out", "fleet.toml", "--json", folder=tmp_path)
+    fleet = load_fleet(str(tmp_path / "fleet.toml"))
+    assert fleet.calibration["call"] > 0
+    assert fleet.calibration["reference"] == fleet[0].gflops
+    plan = json.loads(mycel("plan", "island", "--fleet", "fleet.toml", "--json", folder=tmp_path).stdout)
+    assert plan["plans"][0]["step"]["seconds"] > 0

@@ -11,6 +11,22 @@ def _planned(name: str, number: int | None, way: str, factory: str, paper: str, 
 
 PLANNING: tuple[Entry, ...] = (
     _planned(
+        "parallel_layouts",
+        53,
+        "collectives",
+        "run_layouts",
+        "Hagemann et al. 2023, Efficient Parallelization Layouts for Large-Scale Distributed Model Training",
+        "the best layout does without recomputation where memory allows, and a cost model finds it",
+    ),
+    _planned(
+        "cross_cloud",
+        68,
+        "rounds",
+        "CrossCloud",
+        "Yang et al. 2024, Research on Key Technologies for Cross-Cloud Federated Training of Large Language Models",
+        "steps by speed leave a tenth idle, equal ones four; bad clouds lose weight; prices say where to meet",
+    ),
+    _planned(
         "swarm_stages",
         None,
         "segments",

@@ -23,21 +23,24 @@ def probe(
     seconds: Annotated[float, typer.Option(min=0.1, max=300, help="How long to measure, about.")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Measure this machine's training speed, memory and loopback link, and write them as a fleet of one device."""
+    """Measure a core's training speed, memory and what ranks cost each other here; write a fleet of one device."""
     from rich.console import Console
 
     from mycel.fleet.probe import probe as measure
     from mycel.fleet.probe import refuse_existing, write_probe
 
     refuse_existing(out)
+    from mycel.run.calibrating import calibrated
+
     with Console(stderr=True).status("measuring this machine"):
-        found = measure(seconds)
+        found = calibrated(measure(seconds / 3), 2 * seconds / 3)
     write_probe(out, found)
     if as_json:
         print(json.dumps({**asdict(found), "file": str(out)}, indent=2, allow_nan=False))
         return
     Console().print(
-        f"{found.name}: {found.gflops:.1f} GFLOP/s training on {found.cores} cores, {found.memory_gib:.1f} GiB free, "
-        f"loopback {found.mbps:,.0f} Mbit/s, {found.latency_ms:.3f} ms one way\nwritten to {out}; add watts, prices "
-        f"and the links that really join the machines, then: mycel plan island --fleet {out}"
+        f"{found.name}: {found.gflops:.1f} GFLOP/s training on one of {found.cores} cores, {found.memory_gib:.1f} GiB "
+        f"free, {found.mbps:,.0f} Mbit/s and {1e6 * found.calibration['call']:.0f} us a call between ranks\n"
+        f"written to {out}; add watts, prices and the links that really join the machines, then: "
+        f"mycel plan island --fleet {out}"
     )

@@ -60,6 +60,7 @@ def plan_command(name: str, overrides: list[str], as_json: bool, fleet: str = ""
 
 
 def _island(recipe: Recipe, least: str, as_json: bool) -> None:
+    from mycel.decisions.cost import rank_money
     from mycel.decisions.planner import UNITS
     from mycel.run.placing import plan_island
 
@@ -74,14 +75,21 @@ def _island(recipe: Recipe, least: str, as_json: bool) -> None:
     table = Table(title=f"{recipe.title or recipe.system}: the best plan, one step", title_justify="left")
     for column in ("device", "does"):
         table.add_column(column)
-    for column in ("compute", "sends", "memory"):
+    for column in ("seconds", "sends", "memory", "energy", "money"):
         table.add_column(column, justify="right")
     inside = len(best.devices) // best.layout.pipeline
     for index, (device, rank) in enumerate(zip(best.devices, best.predicted.ranks, strict=True)):
         first = sum(best.split[: index // inside])
         does = f"blocks {first} to {first + best.split[index // inside] - 1}, rank {index % inside + 1} of {inside}"
-        sizes = (f"{rank.seconds:.3g} s", f"{rank.bytes / 1e6:,.2f} MB", f"{rank.memory / 1e6:,.0f} MB")
-        table.add_row(device.name, does, *sizes)
+        table.add_row(
+            device.name,
+            does,
+            f"{rank.seconds:.3g} s",
+            f"{rank.bytes / 1e6:,.2f} MB",
+            f"{rank.memory / 1e6:,.0f} MB",
+            f"{device.watts * best.predicted.seconds:.3g} J",
+            f"{rank_money(device, rank, best.predicted.seconds):.2g}",
+        )
     console.print(table)
     for place, placement in enumerate(plan.placements, 1):
         layout, predicted = placement.layout, placement.predicted
@@ -92,5 +100,7 @@ def _island(recipe: Recipe, least: str, as_json: bool) -> None:
             f"{predicted.bytes / 1e6:.2f} MB, {predicted.joules:.3g} J, {predicted.money:.2g} of money; "
             f"{plan.steps} steps {predicted.seconds * plan.steps:,.1f} s"
         )
+    if plan.advice:
+        console.print(plan.advice)
     for device_name, reason in plan.left_out.items():
         console.print(f"without {device_name}: {reason}")

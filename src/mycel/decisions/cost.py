@@ -9,7 +9,8 @@ tensor ranks, R = D S replicas, and a stage's weights W (numbers of 4 bytes):
     tensor      7 all-reduces a block and micro-batch of its hidden states (2 forward; 5 back, one for each matrix that
                 they enter): 8 (N - 1) / N bytes a number
     sequence    keys and values gathered and their gradients scattered: 4 x 4 (S - 1) bytes a number and block
-    pipeline    hidden states and their gradients to the neighbour: 4 bytes a number, each way
+    pipeline    hidden states and their gradients to the neighbour: 4 bytes a number, each way; a stage waits for what
+                it is sent as well as for what it sends
     memory      4 x (W / R / N) x (value, gradient, 2 moments) + what is gathered at once + activations kept
     energy      watts x seconds of the step, each device; money: price an hour x hours + price a GiB x GiB sent
 
@@ -43,17 +44,25 @@ class Coefficients:
         Seconds that a collective costs whatever its size, for each rank in it.
     update : float
         Seconds that the optimiser takes for a number of a rank's own shard.
+    reference : float
+        The ``gflops`` at which ``operation``, ``call`` and ``update`` were measured: a slower device takes longer for
+        them too; 0: they are the same everywhere.
     activation : float
         Factor on the activations' bytes.
-    cores : int
+    cores : float
         Cores that all ranks share, where they run on one machine; 0: every device has its own.
     """
 
     operation: float = 0.0
     call: float = 0.0
     activation: float = 1.0
-    cores: int = 0
+    cores: float = 0
     update: float = 0.0
+    reference: float = 0.0
+
+    def slower(self, device: Device) -> float:
+        """How many times as long a device takes for what is no multiplication."""
+        return self.reference / device.gflops if self.reference else 1.0
 
 
 NOMINAL = Coefficients()
@@ -119,17 +128,22 @@ def predict(
     for place, held in enumerate(stages):
         sent, calls = traffic(work, layout, split, place)
         memory = memory_of(work, layout, split, place, known)
-        moving = max(transfer_seconds(device, sent, calls, known) for device in held)
+        crossing = sent + received(work, layout, place)
+        moving = max(transfer_seconds(device, crossing, calls, known) for device in held)
         if known.cores:
             moving *= max(1.0, len(devices) / known.cores)
-        moving += known.update * own_weights(work, layout, split, place)
+        moving += max(map(known.slower, held)) * known.update * own_weights(work, layout, split, place)
         exchange = max(exchange, moving)
         ranks += [RankCost(micro[place] * layout.micro_batches, sent, calls, memory)] * inside
     seconds = compute + exchange
     joules = seconds * sum(device.watts for device in devices)
-    money = seconds / 3600 * sum(device.price_per_hour for device in devices)
-    money += sum(rank.bytes / GIB * device.link.price_per_gib for rank, device in zip(ranks, devices, strict=True))
+    money = sum(rank_money(device, rank, seconds) for device, rank in zip(devices, ranks, strict=True))
     return Predicted(seconds, tuple(ranks), joules, money, {"compute": compute, "exchange": exchange})
+
+
+def rank_money(device: Device, rank: RankCost, seconds: float) -> float:
+    """Price of a device for a step's seconds, and of what its rank sends."""
+    return seconds / 3600 * device.price_per_hour + rank.bytes / GIB * device.link.price_per_gib
 
 
 def stage_seconds(
@@ -143,8 +157,9 @@ def stage_seconds(
     if place == layout.pipeline - 1:
         # The head is not divided over the tensor ranks.
         flops += 3.0 * work.graph.operators[-1].flops * tokens / (layout.data * layout.sequence)
-    slowest = min(device.gflops for device in devices)
-    return flops / (slowest * 1e9) + known.operation * passes * split[place]
+    slowest = min(devices, key=lambda device: device.gflops)
+    launches = known.operation * passes * split[place] * known.slower(slowest)
+    return flops / (slowest.gflops * 1e9) + launches
 
 
 def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tuple[float, float]:
@@ -170,6 +185,13 @@ def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tup
         sent += hidden * sides
         calls += 2 * sides * layout.micro_batches
     return sent, calls
+
+
+def received(work: Work, layout: Layout, place: int) -> float:
+    """Bytes that a rank of a stage waits for from its neighbours in a step; in rings, what comes in while it sends."""
+    sides = (place < layout.pipeline - 1) + (place > 0)
+    share = layout.data * layout.sequence
+    return sides * work.batch_size / share * work.graph.length * work.graph.hidden * NUMBER
 
 
 def sharded_block(graph: Graph, tensor: int) -> float:
@@ -213,4 +235,6 @@ def own_weights(work: Work, layout: Layout, split: Sequence[int], place: int) ->
 def transfer_seconds(device: Device, sent: float, calls: float, known: Coefficients) -> float:
     """Seconds that a device's share of the traffic takes on its link."""
     link = device.link
-    return calls * (known.call + link.latency_ms / 1e3) + 8e-6 * sent / min(link.up_mbps, link.down_mbps)
+    return calls * (known.call * known.slower(device) + link.latency_ms / 1e3) + 8e-6 * sent / min(
+        link.up_mbps, link.down_mbps
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 from mycel.collectives.layout import layouts
@@ -114,7 +114,7 @@ def placements(task: Task, devices: tuple[Device, ...]) -> Iterator[Placement]:
                 continue
             for layout in (plain, plain.model_copy(update={"recompute": True})):
                 split = _split(task, layout, devices)
-                if split is None:
+                if split is None or not joined(layout, devices):
                     continue
                 chosen = layout.model_copy(update={"blocks": list(split) if layout.pipeline > 1 else []})
                 predicted = predict(task.work, chosen, split, devices, task.coefficients)
@@ -122,6 +122,16 @@ def placements(task: Task, devices: tuple[Device, ...]) -> Iterator[Placement]:
                 if not plans.fault(task, placement):
                     yield placement
                     break  # recomputation only where memory asks for it
+
+
+def joined(layout: Layout, devices: tuple[Device, ...]) -> bool:
+    """Whether links join all ranks of each stage, and each rank of a stage with its like in the next."""
+    inside = len(devices) // layout.pipeline
+    stages = [devices[place * inside : (place + 1) * inside] for place in range(layout.pipeline)]
+    within = all(a.reaches(b) for stage in stages for a, b in combinations(stage, 2))
+    return within and all(
+        a.reaches(b) for before, after in pairwise(stages) for a, b in zip(before, after, strict=True)
+    )
 
 
 def _split(task: Task, layout: Layout, devices: tuple[Device, ...]) -> tuple[int, ...] | None:
@@ -168,13 +178,15 @@ def left_out(task: Task, chosen: Placement) -> dict[str, str]:
             if device.name in _names(devices)
             for placement in placements(task, devices)
         ]
+        apart = [other.name for other in chosen.devices if not device.reaches(other)]
+        no_link = f"it has no link to {', '.join(apart)}" if apart else ""
         if not found:
-            reasons[device.name] = f"nothing fits its {device.memory_gib:g} GiB"
+            reasons[device.name] = no_link or f"nothing fits its {device.memory_gib:g} GiB"
             continue
         best = min(found, key=lambda each: each.value(task.objective)).value(task.objective)
         reasons[device.name] = (
             f"the best plan that uses it takes {best:.3g} {UNITS[task.objective]} a step, "
-            f"this one {chosen.value(task.objective):.3g}"
+            f"this one {chosen.value(task.objective):.3g}{'; ' + no_link if apart else ''}"
         )
     return reasons
 
@@ -193,6 +205,9 @@ def refusal(task: Task) -> str:
             ways.append(f"sequence {length}")
             break
     ways.append("recomputation" if again <= device.memory_gib else "more devices or a smaller model")
+    missing = [f"{a.name} and {b.name}" for a, b in combinations(task.devices, 2) if not a.reaches(b)]
+    if missing:
+        ways.append(f"a link between {', '.join(missing[:4])}, which have none")
     return (
         f"needs {single:.3g} GiB on device {device.name}, has {device.memory_gib:g}, and no layout over the fleet's "
         f"{len(task.devices)} devices fits either: try {' or '.join(ways)}"

@@ -80,7 +80,6 @@ class Rebalance(Decision[Crew, tuple[Move, ...]]):
 
     def decide(self, observation: Crew) -> tuple[Move, ...]:
         """Return the move, or none."""
-        now = throughput(observation)
         to = min(range(len(observation.stages)), key=lambda stage: sum(observation.stages[stage]))
         moves = [
             (stage, place, to)
@@ -91,10 +90,10 @@ class Rebalance(Decision[Crew, tuple[Move, ...]]):
         best = max(moves, key=lambda move: self._worth(moved(observation, move)), default=None)
         if best is None:
             return ()
-        after = moved(observation, best)
-        # While stages are empty, filling one of several makes nothing faster yet.
-        better = throughput(after) > self.margin * now if now else self._worth(after) > self._worth(observation)
-        return (best,) if better else ()
+        # Where several stages are slowest, helping one of them makes nothing faster yet, and is the way to it.
+        pairs = zip(self._worth(observation), self._worth(moved(observation, best)), strict=True)
+        now, after = next(((now, after) for now, after in pairs if now != after), (0.0, 0.0))
+        return (best,) if after > self.margin * now else ()
 
     def fault(self, observation: Crew, action: tuple[Move, ...]) -> str:
         """A peer that is there moves to another stage."""

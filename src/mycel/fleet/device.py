@@ -43,6 +43,8 @@ class Device:
         Money that an hour of it costs, in whatever currency the fleet counts.
     reliability : float
         Probability that an answer it was asked for is sent; the rest vanish without a word.
+    unreachable : tuple of str
+        Devices that it has no link to; the same is true the other way.
     """
 
     name: str
@@ -52,6 +54,11 @@ class Device:
     price_per_hour: float = 0.0
     reliability: float = 1.0
     link: Link = field(default_factory=Link)
+    unreachable: tuple[str, ...] = ()
+
+    def reaches(self, other: Device) -> bool:
+        """Whether there is a link to another device."""
+        return other.name not in self.unreachable and self.name not in other.unreachable
 
     def compute_seconds(self, flops: float) -> float:
         """Seconds for ``flops`` floating-point operations."""
@@ -60,10 +67,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Devices by node index; a short profile repeats over a longer list of nodes."""
+    """Devices by node index; a short profile repeats over a longer list of nodes.
+
+    Attributes
+    ----------
+    calibration : dict of str to float
+        How these devices depart from their nominal speed, as ``mycel fleet probe`` found: the fields of
+        ``decisions.cost.Coefficients``.
+    """
 
     name: str
     devices: tuple[Device, ...]
+    calibration: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, node: int) -> Device:
         return self.devices[node % len(self.devices)]

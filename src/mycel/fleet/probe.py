@@ -7,7 +7,7 @@ import socket
 import statistics
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ PINGS = 50
 
 @dataclass(frozen=True)
 class Probed:
-    """One machine's figures, in the units of `mycel.fleet.device`."""
+    """One machine's figures, in the units of `mycel.fleet.device`.
+
+    Attributes
+    ----------
+    calibration : dict of str to float
+        How its ranks depart from nominal speed; empty where that was not measured.
+    """
 
     name: str
     gflops: float
@@ -30,6 +36,7 @@ class Probed:
     cores: int
     mbps: float
     latency_ms: float
+    calibration: dict[str, float] = field(default_factory=dict)
 
     def to_toml(self) -> str:
         """Return a fleet file with this one device; watts and prices are for whoever knows them."""
@@ -40,7 +47,8 @@ class Probed:
             "memory_gib": self.memory_gib,
             "link": link,
         }
-        return tomli_w.dumps({"device": [device]})
+        calibration = {"calibration": self.calibration} if self.calibration else {}
+        return tomli_w.dumps({**calibration, "device": [device]})
 
 
 def probe(seconds: float = 10.0) -> Probed:

@@ -12,6 +12,7 @@ from typing import Any
 from mycel.errors import RecipeError
 from mycel.fleet.device import Device, Fleet, Link
 
+CALIBRATED = ("operation", "call", "update", "activation", "reference", "cores")  # see decisions.cost.Coefficients
 MAY_BE_ZERO = {"latency_ms", "price_per_gib", "price_per_hour"}
 _HOME = Link(up_mbps=20, down_mbps=100, latency_ms=20)
 _OFFICE = Link(up_mbps=200, down_mbps=200, latency_ms=8)
@@ -79,7 +80,39 @@ def load_fleet(name: str) -> Fleet:
     tables = content.get("device")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise RecipeError(f"the fleet file {name!r} holds no [[device]] table; one per machine is needed")
-    return Fleet(path.stem, tuple(_device(table, index, name) for index, table in enumerate(tables)))
+    devices = tuple(_device(table, index, name) for index, table in enumerate(tables))
+    _check_names(devices, name)
+    return Fleet(path.stem, devices, _calibration(content.get("calibration", {}), name))
+
+
+def _calibration(table: Any, source: str) -> dict[str, float]:
+    if not isinstance(table, dict):
+        raise RecipeError(f"calibration of the fleet file {source!r} is {table!r}; a table is needed")
+    for key, value in table.items():
+        if key not in CALIBRATED:
+            raise RecipeError(
+                f"calibration of {source!r} has the unknown key {key!r}; known are {', '.join(CALIBRATED)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise RecipeError(f"calibration.{key} of {source!r} is {value!r}; a finite number of 0 or more is needed")
+    return {key: float(value) for key, value in table.items()}
+
+
+def _check_names(devices: tuple[Device, ...], source: str) -> None:
+    names = [device.name for device in devices]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise RecipeError(
+            f"the fleet file {source!r} names the device {twice[0]!r} twice; each needs a name of its own"
+        )
+    for device in devices:
+        for other in device.unreachable:
+            if other not in names or other == device.name:
+                near = get_close_matches(other, [name for name in names if name != device.name], 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the others are {', '.join(names)}"
+                raise RecipeError(
+                    f"unreachable of the device {device.name!r} names {other!r}, which is no other: {hint}"
+                )
 
 
 def _device(table: dict[str, Any], index: int, source: str) -> Device:
@@ -90,14 +123,17 @@ def _device(table: dict[str, Any], index: int, source: str) -> Device:
         raise RecipeError(f"link of {where} is {table!r}; a table such as {{ up_mbps = 20 }} is needed")
     link = Link(**_numbers(table, Link, f"link of {where}"))
     name = str(values.pop("name", f"device-{index}"))
-    device = Device(name=name, link=link, **_numbers(values, Device, where))
+    unreachable = values.pop("unreachable", [])
+    if not isinstance(unreachable, list) or not all(isinstance(other, str) for other in unreachable):
+        raise RecipeError(f"unreachable of {where} is {unreachable!r}; a list of devices' names is needed")
+    device = Device(name=name, link=link, unreachable=tuple(unreachable), **_numbers(values, Device, where))
     if not 0 < device.reliability <= 1:
         raise RecipeError(f"reliability of {where} is {device.reliability}; it lies above 0 and at most 1")
     return device
 
 
 def _numbers(table: dict[str, Any], kind: type[Device] | type[Link], where: str) -> dict[str, float]:
-    known = [item.name for item in fields(kind) if item.name not in {"name", "link"}]
+    known = [item.name for item in fields(kind) if item.name not in {"name", "link", "unreachable"}]
     for key, value in table.items():
         if key not in known:
             near = get_close_matches(key, known, 1)

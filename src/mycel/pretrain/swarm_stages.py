@@ -64,7 +64,7 @@ def trained(
             began = loop.time()
             optimizer.zero_grad(set_to_none=True)
             for place, name in enumerate(departures.get(step, ())):
-                loop.call_later(2.0 + place, swarm.leave, name)
+                loop.call_later(6.0 + place, swarm.leave, name)
             losses.append(await swarm.gradients(rows, PIECES, AT_ONCE))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

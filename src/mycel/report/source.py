@@ -160,6 +160,7 @@ class Result(Part):
     state_sha256: str = ""
     seconds: Seconds = 0.0
     virtual_seconds: Seconds = 0.0
+    step_seconds: Seconds | None = None
     predicted: dict[str, Any] | None = None
     arms: dict[str, Way] = {}
     guard: dict[str, Any] = {}

@@ -1,0 +1,42 @@
+"""Two ranks of this machine that measure what a collective costs: ``python -m mycel.collectives.pace OUT`` each."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+SMALL, LARGE = 1, 1 << 20  # numbers
+
+
+def seconds_of(numbers: int, times: int) -> float:
+    """Median seconds of a sum over all ranks."""
+    tensor, found = torch.ones(numbers), []
+    for _ in range(times):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        found.append(time.perf_counter() - started)
+    return median(found)
+
+
+def main() -> None:
+    """Measure; rank 0 writes seconds of a call, and megabits a second of each rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        call, burst = seconds_of(SMALL, 200), seconds_of(LARGE, 20)
+        rate = 8e-6 * 4 * LARGE / max(burst - call, 1e-9)  # of two ranks each sends as much as the tensor holds
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps({"call": call, "mbps": rate}), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
