@@ -182,7 +182,8 @@ def liars(lab: Laboratory, filters: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for spec in filters:
         guarded = {**ten, "guard.filter": spec, "guard.root": "python-library" if spec == "fltrust" else ""}
-        row: dict[str, Any] = {"filter": spec or "none", "honest": lab.run(lab.recipe("fedavg", guarded)).loss()}
+        clean = lab.run(lab.recipe("fedavg", guarded))
+        row: dict[str, Any] = {"filter": spec or "none", "untuned": clean.loss(0), "honest": clean.loss()}
         for lie in LIES:
             for share in (0.2, 0.4):
                 changes = {**guarded, "threat.attack": lie, "threat.share": share}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from mycel.engines.leaving import Leaving
 from mycel.errors import EngineError, RecipeError
+from mycel.guard.accounting import Releases, epsilon
+from mycel.recipe import load_recipe
 from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.hidden_sums import beside_plain_sums, plain_sums
@@ -20,6 +24,11 @@ from rounds_by_hand import SMALL, same
 FIVE: dict[str, Any] = {**SMALL, "data.count": 5, "rounds.local_steps": 1, "rounds.quorum": 0.6, "guard.staying": 0.6}
 MASKED: dict[str, Any] = {**FIVE, "wire.codec": "fixed(8,0.05)", "guard.sums": "masked"}
 USER: dict[str, Any] = {**FIVE, "guard.private": "user", "guard.clip_norm": 0.5, "guard.replayable": True}
+
+
+def run_leaving(lab: Laboratory, recipe: Recipe, leaves: Callable[[int, str, int], bool]) -> Finished:
+    world = lab.world(recipe)
+    return Simulation(lab.arm(), world, Leaving(lab.place.labour, leaves)).run()
 
 
 def run(lab: Laboratory, recipe: Recipe, gone: set[tuple[int, str]], seen: list[set[int]] | None = None) -> Finished:
@@ -77,6 +86,35 @@ def test_a_round_that_cannot_be_opened_is_repeated_and_at_last_given_up(lab: Lab
         Simulation(
             "claim-x", _open(lab, recipe), Leaving(lab.place.labour, lambda node, kind, version: kind == "guard.keys")
         ).run()
+
+
+def test_the_privacy_of_a_round_that_had_to_be_repeated_is_spent(lab: Laboratory) -> None:
+    """Work that was asked for and thrown away has left a party all the same: it counts."""
+    changes = {"model.base": "micro", **MASKED, "guard.private": "local", "guard.noise": 5.0, "guard.clip_norm": 0.5}
+    tries: list[int] = []
+
+    def leaves(node: int, kind: str, version: int) -> bool:
+        tries.extend([node] if kind == "guard.reveal" and node == 0 else [])
+        return kind == "guard.reveal" and node < 3 and len(tries) <= 1
+
+    finished = run_leaving(lab, Recipe().replace(changes), leaves)
+    assert finished.progress.drops["abandoned"] == 1
+    assert set(finished.guard["epsilon_per_party"].values()) == {epsilon([Releases(5.0, 1.0, 3)], 1e-5)}
+
+
+def test_a_clock_that_is_wrong_changes_nothing(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe().replace({"model.base": "micro", **MASKED})
+    right = lab.run(recipe).state
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 1e8)
+    world = lab.world(recipe)
+    late = Simulation(lab.arm(), world, lab.place.labour).run(clock=1e9)
+    assert late.state.sha256() == right.sha256()
+
+
+def test_a_share_of_parties_beyond_all_of_them_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"guard\.staying"):
+        load_recipe("quickstart", ["guard.staying=1.2"])
 
 
 def _open(lab: Laboratory, recipe: Recipe) -> Any:

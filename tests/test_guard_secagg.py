@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -17,9 +19,10 @@ from mycel.guard.secagg.graph import complete, need, sparse
 from mycel.guard.secagg.guard import MaskGuard, MaskParty
 from mycel.guard.secagg.keys import Ring, add_mask, agree, new_secret, public_key
 from mycel.guard.secagg.party import MaskingParty, purpose
-from mycel.guard.secagg.shamir import PRIME, join, split
+from mycel.guard.secagg.shamir import split
 from mycel.testing import check_guard
 from mycel.wire.codecs.fixed import Fixed
+from mycel.wire.parcel import Parcel
 
 PHASES = ("keys", "shares", "input", "reveal", "stays")
 
@@ -71,7 +74,9 @@ def opens(played: Played) -> bool:
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(some.data(), some.one_of(*[some.integers(2, 16)] * 4, some.just(30)), some.sampled_from([0.51, 0.67, 0.9]))
+@given(
+    some.data(), some.one_of(*[some.integers(2, 16)] * 4, some.integers(17, 100)), some.sampled_from([0.51, 0.67, 0.9])
+)
 def test_the_sum_is_exact_for_every_dropout_that_the_threshold_allows(
     data: some.DataObject, count: int, staying: float
 ) -> None:
@@ -84,6 +89,20 @@ def test_the_sum_is_exact_for_every_dropout_that_the_threshold_allows(
         return
     played = play(values, leaves, staying, thin=False)
     assert np.array_equal(played.coordinator.sum(), played.expected())
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_of_a_small_cohort_every_dropout_opens_exactly_or_is_below_the_threshold(count: int) -> None:
+    values = inputs(count, 3)
+    for phases in product(PHASES[1:], repeat=count):
+        staying, sent = phases.count("stays"), phases.count("stays") + phases.count("reveal")
+        try:
+            played = play(values, dict(enumerate(phases)), 0.67, thin=False)
+            total = played.coordinator.sum()
+        except ParcelError:
+            assert staying < need(count, 0.67) or sent < 2, phases
+            continue
+        assert np.array_equal(total, played.expected()), phases
 
 
 @pytest.mark.parametrize(("thin", "kind"), [(False, "uint32"), (True, "uint16")])
@@ -177,37 +196,30 @@ def test_hidden_inputs_look_uniform_whatever_they_hide() -> None:
         assert float(((counts - expected) ** 2 / expected).sum()) < 400  # odds of more: below 1e-7
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(some.binary(min_size=32, max_size=32), some.integers(1, 12), some.data())
-def test_any_threshold_of_shares_rebuilds_a_secret(secret: bytes, threshold: int, data: some.DataObject) -> None:
-    shares = split(secret, range(12), threshold)
-    kept = data.draw(some.permutations(range(12)))[:threshold]
-    assert join({node: shares[node] for node in kept}, threshold, lambda found: found == secret) == secret
-    if threshold > 1:
-        with pytest.raises(ParcelError, match="are needed"):
-            join({node: shares[node] for node in kept[1:]}, threshold, lambda found: True)
-
-
-def test_fewer_shares_than_the_threshold_fit_every_secret() -> None:
-    """For two points of a line, one share and any secret there is a second share: the one says nothing."""
-    (share,) = split(bytes(32), [4], 1).values()
-    value = int.from_bytes(split(new_secret(), [4, 5], 2)[4], "big")
-    for secret in (0, 12345, (1 << 256) - 1):
-        slope = (value - secret) * pow(5, -1, PRIME) % PRIME
-        other = ((secret + 6 * slope) % PRIME).to_bytes(33, "big")
-        found = join({4: value.to_bytes(33, "big"), 5: other}, 2, lambda _: True)
-        assert int.from_bytes(found, "big") == secret
-    assert int.from_bytes(share, "big") == 0
-
-
-def test_lying_shares_are_passed_over_and_too_many_refused() -> None:
-    secret = new_secret()
-    shares = split(secret, range(6), 3)
-    shares[1] = split(new_secret(), range(6), 3)[1]
-    assert join(shares, 3, lambda found: found == secret) == secret
-    lying = {**split(new_secret(), range(6), 3), 0: shares[0]}
+@pytest.mark.parametrize("liars", [[0], [0, 1, 2], [0, 17, 39]])
+def test_whoever_lies_about_shares_is_passed_over_in_a_large_cohort(liars: list[int]) -> None:
+    played = play(inputs(40), {5: "input", 30: "reveal"}, 0.67, thin=False)
+    for shares in played.coordinator.shares.values():
+        shares.update({liar: split(new_secret(), [liar], 1)[liar] for liar in liars if liar in shares})
+    assert np.array_equal(played.coordinator.sum(), played.expected())
+    for shares in played.coordinator.shares.values():
+        shares.update({holder: split(new_secret(), [holder], 1)[holder] for holder in list(shares)[:20]})
     with pytest.raises(ParcelError, match="contradict"):
-        join(lying, 3, lambda found: found == secret)
+        played.coordinator.sum()
+
+
+def test_a_party_refuses_a_threshold_that_a_coordinator_makes_up() -> None:
+    party = MaskParty(Fixed(16, 0.5))
+    _, kept = party.answer(0, Parcel("guard.keys", {"tag": "r"}), {})
+    keys = [public_key(new_secret()) for _ in range(6)]
+    for threshold in (0, 1, 4, "2"):
+        ask = Parcel(
+            "guard.shares",
+            {"tag": "r", "holders": [0, 1, 2], "threshold": threshold},
+            {"shares/keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8)},
+        )
+        with pytest.raises(ParcelError, match="threshold"):
+            party.answer(0, ask, kept)
 
 
 def test_shares_that_are_replayed_truncated_or_not_ours_are_refused() -> None:

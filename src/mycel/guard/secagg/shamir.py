@@ -5,11 +5,12 @@ Shamir 1979, "How to Share a Secret". The field is that of the smallest prime ab
 
 from __future__ import annotations
 
+import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import combinations, islice
-from math import prod
+from itertools import combinations
+from math import comb, prod
 
 from mycel.errors import ParcelError
 
@@ -64,13 +65,29 @@ def join(shares: Mapping[int, bytes], threshold: int, right: Callable[[bytes], b
     if len(shares) < threshold:
         raise ParcelError(f"{len(shares)} shares of a secret are there and {threshold} are needed")
     values = {place: _value(share) for place, share in shares.items()}
-    for places in islice(combinations(sorted(values), threshold), ATTEMPTS):
+    for places in _sets(sorted(values), threshold):
         found = sum(weight * values[place] for place, weight in zip(places, _weights(places), strict=True)) % PRIME
         if found < 1 << 256:
             secret = found.to_bytes(SECRET_BYTES, "big")
             if right(secret):
                 return secret
     raise ParcelError(f"{len(shares)} shares of a secret contradict each other or what was announced of it")
+
+
+def _sets(places: list[int], threshold: int) -> Iterator[tuple[int, ...]]:
+    """Sets of shares to try: all where they are few, else neighbours on a ring, then random ones.
+
+    In order, all the first sets would hold the first share; on the ring no share is in all of them.
+    """
+    count = len(places)
+    if comb(count, threshold) <= ATTEMPTS:
+        yield from combinations(places, threshold)
+        return
+    for start in range(min(count, ATTEMPTS)):
+        yield tuple(sorted((places + places)[start : start + threshold]))
+    chance = random.Random(count)
+    for _ in range(max(ATTEMPTS - count, 0)):
+        yield tuple(sorted(chance.sample(places, threshold)))
 
 
 def _value(share: bytes) -> int:
