@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from common import arguments, show
 RANK = Path(__file__).parent / "layouts_rank.py"
 
 
-def run_all(counts: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
+def run_all(counts: tuple[int, ...] = (1, 2, 4), scenes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Run every layout of every world and return what was measured."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +31,7 @@ def run_all(counts: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
             out = Path(folder) / f"{count}.json"
             starter = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            subprocess.run([sys.executable, *starter, str(RANK), str(out)], env=environment, check=True)
+            subprocess.run([sys.executable, *starter, str(RANK), str(out), *scenes], env=environment, check=True)
             rows += json.loads(out.read_text(encoding="utf-8"))
     return rows
 
@@ -47,9 +48,10 @@ def main() -> None:
     options = arguments(
         __doc__ or "",
         keep={"type": Path, "help": "also write what was measured, for planner.py"},
+        scenes={"nargs": "+", "default": [], "help": "equal, slow rank, thin link, one core; all when none is named"},
         ranks={"type": int, "nargs": "+", "default": [1, 2, 4], "help": "worlds to run"},
     )
-    rows = run_all(tuple(options.ranks))
+    rows = run_all(tuple(options.ranks), options.scenes)
     if options.keep:
         options.keep.write_text(json.dumps(rows), encoding="utf-8")
     plain = {(row["ranks"], tuple(row["shape"])): row["bare"] for row in rows if "bare" in row}

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ from mycel.rounds.footprint import Footprint
 
 SHAPES = ((128, 4, 8, 64), (128, 4, 16, 64), (192, 4, 8, 128))  # hidden, blocks, rows, tokens
 STEPS = 5
-PERIOD = 0.002  # seconds in which a slowed rank runs and stands still once
+PERIOD = 0.01  # seconds in which a slowed rank runs and stands still once
 # Kept running for a share of each period; when told to end, it lets go.
 DUTY = """
 import os, signal, sys, time
 pid, share, period = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+try:  # so that it wakes up in time while all cores are busy
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+except OSError:
+    pass
 ended = []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
 while not ended and os.getppid() == pid:
@@ -51,7 +55,7 @@ class Scene:
     Attributes
     ----------
     speed : float
-        Share of the time in which the last rank is let run.
+        Share of the time in which the last rank is let run; in what is measured, the share that it really had.
     mbps, latency_ms : float
         Of the last rank's link; no rate: as it is.
     cores : int
@@ -66,6 +70,7 @@ class Scene:
 
 
 EQUAL = Scene()
+SCENES = ("equal", "slow rank", "thin link", "one core")
 UNEQUAL = {
     2: (Scene("slow rank", speed=0.5), Scene("thin link", mbps=200, latency_ms=1), Scene("one core", cores=1)),
     4: (Scene("thin link", mbps=200, latency_ms=1),),
@@ -96,8 +101,8 @@ class Shaped(Traffic):
 
 
 @contextmanager
-def suffering(scene: Scene) -> Iterator[None]:
-    """Make this rank as slow, as far away or as crowded as the scene says."""
+def suffering(scene: Scene) -> Iterator[Scene]:
+    """Make this rank as slow, as far away or as crowded as the scene says; yield the speed that the last one has."""
     last = dist.get_rank() == dist.get_world_size() - 1
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
@@ -111,7 +116,18 @@ def suffering(scene: Scene) -> Iterator[None]:
             holder = subprocess.Popen(words)
             stack.callback(holder.wait)
             stack.callback(holder.terminate)
-        yield
+        yield replace(scene, speed=_share()) if scene.speed < 1 else scene
+
+
+def _share() -> float:
+    """Share of the last rank's time in which it computes, while all ranks do."""
+    dist.barrier()
+    wall, busy = time.perf_counter(), time.process_time()
+    while time.perf_counter() < wall + 0.4:
+        sum(range(1000))
+    found = torch.tensor((time.process_time() - busy) / (time.perf_counter() - wall))
+    dist.broadcast(found, dist.get_world_size() - 1)
+    return float(found)
 
 
 def _pin(cores: set[int]) -> None:
@@ -146,7 +162,7 @@ def measure(shape: tuple[int, int, int, int], layout: Layout, scene: Scene = EQU
     trainer = Trainer(stage, ranks, optimizer, clip_norm=0.0)
     trainer.step(rows, 1e-3)
     seconds = []
-    with suffering(scene):
+    with suffering(scene) as scene:
         for _ in range(STEPS):
             dist.barrier()
             started = time.perf_counter()
@@ -232,6 +248,8 @@ def main() -> None:
     try:
         for index, shape in enumerate(SHAPES):
             for layout, scene in trials(count, index):
+                if scene.name not in (sys.argv[2:] or SCENES):
+                    continue
                 rows.append(measure(shape, layout, scene))
                 if dist.get_rank() == 0:  # what was measured stays if the rest is cut short
                     Path(sys.argv[1]).write_text(json.dumps(rows), encoding="utf-8")

@@ -30,15 +30,19 @@ from mycel.recipe.schema import Layout
 CORES = os.cpu_count() or 1
 
 
-def predicted(row: dict[str, Any], speed: float, mbps: float, known: Coefficients) -> Predicted:
-    """Return the cost model's answer for a layout on equal ranks of this machine."""
+def predicted(row: dict[str, Any], known: Coefficients) -> Predicted:
+    """Return the cost model's answer for a layout on ranks of this machine; the last may be unlike the others."""
     hidden, blocks, rows, tokens = row["shape"]
     layout = Layout(**row["layout"])
     scene, last = row["scene"], row["ranks"] - 1
-    link = Link(mbps, mbps, 0.0)
+    link = Link(1e9, 1e9, 0.0)  # within the machine, bytes cost what handling them does
     thin = Link(scene["mbps"], scene["mbps"], scene["latency_ms"]) if scene["mbps"] else link
     devices = [
-        Device("rank", gflops=speed * (scene["speed"] if rank == last else 1), link=thin if rank == last else link)
+        Device(
+            "rank",
+            gflops=known.reference * (scene["speed"] if rank == last else 1),
+            link=thin if rank == last else link,
+        )
         for rank in range(row["ranks"])
     ]
     work = Work(graph_of(config(hidden, blocks), tokens), rows)
@@ -46,33 +50,41 @@ def predicted(row: dict[str, Any], speed: float, mbps: float, known: Coefficient
     return predict(work, layout, split, devices, replace(known, cores=scene["cores"] or CORES))
 
 
-def fit(rows: list[dict[str, Any]]) -> tuple[float, float, Coefficients]:
+def fit(rows: list[dict[str, Any]]) -> Coefficients:
     """Find the machine's figures that explain measured steps best, in logarithms of seconds."""
 
-    def unpack(point: Any) -> tuple[float, float, Coefficients]:
-        speed, mbps, operation, call, update = (float(value) for value in np.exp(point))
-        return speed, mbps, Coefficients(operation, call, 1.0, CORES, update, speed)
+    def unpack(point: Any) -> Coefficients:
+        speed, operation, call, update, copy, contention = (float(value) for value in np.exp(point))
+        return Coefficients(operation, call, 1.0, CORES, update, copy, contention, speed)
 
     def errors(point: Any) -> list[float]:
-        speed, mbps, known = unpack(point)
-        return [float(np.log(predicted(row, speed, mbps, known).seconds / row["seconds"])) for row in rows]
+        known = unpack(point)
+        return [float(np.log(predicted(row, known).seconds / row["seconds"])) for row in rows]
 
-    start = np.log([20.0, 5e3, 2e-4, 3e-4, 3e-9])
-    speed, mbps, known = unpack(least_squares(errors, start, loss="soft_l1").x)
-    factors = [_factor(row, speed, mbps, known) for row in rows]
-    return speed, mbps, replace(known, activation=median(factors))
+    start = np.log([30.0, 2e-4, 3e-4, 3e-9, 2e-9, 0.2])
+    known = unpack(least_squares(errors, start, loss="soft_l1").x)
+    return replace(known, activation=median(_factor(row, known) for row in rows))
 
 
-def _factor(row: dict[str, Any], speed: float, mbps: float, known: Coefficients) -> float:
+def _factor(row: dict[str, Any], known: Coefficients) -> float:
     """Return the factor on activations with which a layout's memory comes out as measured."""
-    one = predicted(row, speed, mbps, known).memory
-    none = predicted(row, speed, mbps, replace(known, activation=0.0)).memory
+    one = predicted(row, known).memory
+    none = predicted(row, replace(known, activation=0.0)).memory
     return float((row["memory"] - none) / (one - none))
 
 
-def group_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Layouts among which a plan chooses: those of the same ranks, model and scene."""
-    return row["scene"]["name"], row["ranks"], *row["shape"]
+def rivals(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layouts that a plan for a row's ranks could choose: all of theirs, and those that leave the last ones out."""
+    cores = row["scene"]["cores"]
+    return [
+        other
+        for other in rows
+        if other["shape"] == row["shape"]
+        and (
+            (other["scene"]["name"], other["ranks"]) == (row["scene"]["name"], row["ranks"])
+            or (other["scene"]["name"] == "equal" and other["ranks"] < row["ranks"] and other["ranks"] <= (cores or 99))
+        )
+    ]
 
 
 def main() -> None:
@@ -87,10 +99,10 @@ def main() -> None:
     equal = [row for row in rows if row["scene"]["name"] == "equal"]
     fitted, held = equal[::3], [row for index, row in enumerate(equal) if index % 3]
     held += [row for row in rows if row["scene"]["name"] != "equal"]
-    speed, mbps, known = fit(fitted)
+    known = fit(fitted)
     shown = []
     for row in held:
-        cost = predicted(row, speed, mbps, known)
+        cost = predicted(row, known)
         shown.append(
             {
                 "scene": row["scene"]["name"],
@@ -103,21 +115,24 @@ def main() -> None:
                 "bytes off": abs(cost.bytes / row["bytes"] - 1) if row["bytes"] else 0.0,
             }
         )
-    choices = []
-    for key in sorted({group_of(row) for row in rows}):
-        same = [row for row in rows if group_of(row) == key]
+    choices = {}
+    for row in rows:
+        same = rivals(row, rows)
+        chosen = min(same, key=lambda each: predicted(each, known).seconds)
+        key = (row["scene"]["name"], row["ranks"], *row["shape"])
         if len(same) > 1:
-            chosen = min(same, key=lambda row: predicted(row, speed, mbps, known).seconds)
-            choices.append(chosen["seconds"] / min(row["seconds"] for row in same) - 1)
+            choices[key] = chosen["seconds"] / min(each["seconds"] for each in same) - 1
     totals = {
         "layouts": len(held),
+        "choices": len(choices),
         "median seconds error": median(row["seconds off"] for row in shown),
         "median memory error": median(row["memory off"] for row in shown),
         "median bytes error": median(row["bytes off"] for row in shown if row["bytes off"] is not None),
-        "worst choice above the best run": max(choices),
-        "median choice above the best run": median(choices),
-        "GFLOP/s a core": speed,
-        "Mbit/s": mbps,
+        "worst choice above the best run": max(choices.values()),
+        "median choice above the best run": median(choices.values()),
+        "GFLOP/s a core": known.reference,
+        "ns a byte": 1e9 * known.copy,
+        "contention": known.contention,
         "us a pass": 1e6 * known.operation,
         "us a call": 1e6 * known.call,
         "activations": known.activation,

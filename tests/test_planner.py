@@ -19,8 +19,10 @@ from mycel.fleet.device import Device, Link
 from mycel.fleet.probe import probe, refuse_existing, write_probe
 from mycel.fleet.profiles import load_fleet
 from mycel.models.sizes import SIZES
+from mycel.recipe import load_recipe
 from mycel.recipe.schema import Layout
 from mycel.run.calibrating import between_ranks
+from mycel.run.placing import plan_island
 from mycel.testing.decisions import check_decision
 from small_runs import mycel
 
@@ -131,16 +133,14 @@ def test_a_probe_makes_a_fleet_that_can_be_planned_with(tmp_path: Path) -> None:
     assert fleet[0].link.latency_ms > 0
     with pytest.raises(EngineError, match="exists"):
         refuse_existing(path)
-    found = json.loads(mycel("plan", "island", "--fleet", path, "--json", folder=tmp_path).stdout)
-    assert found["plans"][0]["devices"] == [fleet[0].name]
+    found = plan_island(load_recipe("island", []).replace({"fleet.devices": str(path)}))
+    assert found.placements[0].devices == (fleet[0],)
     text = '[calibration]\ncall = 1e-4\n[[device]]\nname = "a"\nunreachable = ["b"]\n[[device]]\nname = "b"\n'
     path.write_text(text, encoding="utf-8")
-    fleet = load_fleet(str(path)).devices
+    fleet = load_fleet(str(path))
     assert not fleet[0].reaches(fleet[1])
     assert not fleet[1].reaches(fleet[0])
     assert load_fleet(str(path)).calibration == {"call": 1e-4}
-    path.write_text('[[device]]\nname = "a"\nprice_per_hour = -1.0\n', encoding="utf-8")
-    assert "price_per_hour" in mycel("plan", "island", "--fleet", path, folder=tmp_path, expect=1).stderr
 
 
 RING = ("a", "b", "c")
@@ -176,6 +176,7 @@ def test_devices_without_links_between_them_share_no_stage_and_are_named() -> No
         ('[[device]]\nname = "a"\nunreachable = "b"\n', "a list of devices' names"),
         ('[[device]]\nname = "a"\n[[device]]\nname = "a"\n', "'a' twice"),
         ('[[device]]\nname = "a"\nlink = { price_per_gib = -0.1 }\n', "price_per_gib"),
+        ('[[device]]\nname = "a"\nprice_per_hour = -1.0\n', "price_per_hour"),
         ('[calibration]\nspeed = 1\n[[device]]\nname = "a"\n', "unknown key 'speed'"),
         ('[calibration]\ncall = -1.0\n[[device]]\nname = "a"\n', "0 or more"),
         ('calibration = 3\n[[device]]\nname = "a"\n', "a table is needed"),

@@ -24,10 +24,16 @@ from mycel.pretrain.cross_cloud import worths
 from mycel.pretrain.distmm import Tower, by_pieces, gradient_of, pairs, share_out, synchronised, synchronous_pipe
 from mycel.pretrain.fusionllm import blocks_of, planned, shape, shares, two_sites
 from mycel.pretrain.hethub import LARGE, bound, losses_apart
+from mycel.pretrain.parallel_layouts import LARGE as LARGE_MODELS
+from mycel.pretrain.parallel_layouts import against_simulation, large_layouts
 from mycel.pretrain.spindle import Operator, contracted, curve, random_tasks
 from mycel.pretrain.swarm_stages import peers, rows, trained
+from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.system import Answer
 from mycel.segments.stages import Stages
-from mycel.testing import check_decision
+from mycel.testing import check_combine, check_decision
+from rounds_by_hand import Play
+from test_systems_islands import distance, recipe
 
 
 def small_model() -> LlamaForCausalLM:
@@ -287,3 +293,28 @@ def test_equal_quality_is_federated_averaging_and_steps_follow_speed() -> None:
     assert found[0] == 1.0 > found[1] > 0.8 > 0.2 > found[2]
     assert shared_steps([1.0, 2.0, 4.0], 7) == [3, 6, 12]
     assert min(shared_steps([1e-9, 1.0], 1)) == 1
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "gradient"])
+def test_equal_clouds_are_islands_that_average(lab: Laboratory, aggregation: str) -> None:
+    same = {"fleet.devices": "equal", "rounds.count": 2}
+    plain = lab.run(recipe(lab, "diloco", {**same, "knobs": {"outer_rate": 1.0, "outer_momentum": 0.0}}))
+    clouds = lab.run(recipe(lab, "cross_cloud", {**same, "knobs": {"aggregation": aggregation}}))
+    assert distance(clouds.state.shared, plain.state.shared) < 1e-6
+    assert sum(clouds.state.facts["shares"].values()) == pytest.approx(1)
+
+
+def test_clouds_combine_in_any_order_and_work_by_their_speed(lab: Laboratory) -> None:
+    play = Play(lab, recipe(lab, "cross_cloud", {"rounds.local_steps": 6}))
+    steps = play.state.facts["steps"]
+    assert sum(steps) == pytest.approx(18, abs=1)
+    assert steps == sorted(steps, reverse=True)
+    answers = [Answer(node, play.work(node), 10 + node, 0, 10.0 + node) for node in range(3)]
+    check_combine(play.system, play.state, answers, shares=False)
+
+
+def test_the_cost_model_orders_pipelines_as_their_simulation_and_keeps_to_the_studys_rules() -> None:
+    assert against_simulation() > 0.9
+    fitting = [(layout, seconds) for layout, seconds, fits in large_layouts(*LARGE_MODELS[0]) if fits]
+    assert not min(fitting, key=lambda each: each[1])[0].recompute
+    assert any(not fits for _, _, fits in large_layouts(*LARGE_MODELS[2], rows=64))

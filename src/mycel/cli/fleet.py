@@ -40,7 +40,8 @@ def probe(
         return
     Console().print(
         f"{found.name}: {found.gflops:.1f} GFLOP/s training on one of {found.cores} cores, {found.memory_gib:.1f} GiB "
-        f"free, {found.mbps:,.0f} Mbit/s and {1e6 * found.calibration['call']:.0f} us a call between ranks\n"
+        f"free; ranks exchange {1e-6 / found.calibration['copy']:,.0f} MB/s, "
+        f"{1e6 * found.calibration['call']:.0f} us a call\n"
         f"written to {out}; add watts, prices and the links that really join the machines, then: "
         f"mycel plan island --fleet {out}"
     )

@@ -25,15 +25,29 @@ def seconds_of(numbers: int, times: int) -> float:
     return median(found)
 
 
+def product() -> float:
+    """Median seconds of a matrix product on one core."""
+    left, found = torch.randn(384, 384), []
+    for _ in range(60):
+        started = time.perf_counter()
+        left @ left
+        found.append(time.perf_counter() - started)
+    return median(found)
+
+
 def main() -> None:
-    """Measure; rank 0 writes seconds of a call, and megabits a second of each rank."""
+    """Measure; rank 0 writes seconds of a call, seconds a byte, and how much slower a core is while both compute."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
         call, burst = seconds_of(SMALL, 200), seconds_of(LARGE, 20)
-        rate = 8e-6 * 4 * LARGE / max(burst - call, 1e-9)  # of two ranks each sends as much as the tensor holds
+        copy = max(burst - call, 1e-9) / (4 * LARGE)  # of two ranks each sends as much as the tensor holds
+        alone = product() if dist.get_rank() == 0 else 0.0
+        dist.barrier()
+        together = product()
         if dist.get_rank() == 0:
-            Path(sys.argv[1]).write_text(json.dumps({"call": call, "mbps": rate}), encoding="utf-8")
+            found = {"call": call, "copy": copy, "contention": max(0.0, together / alone - 1)}
+            Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
     finally:
         dist.destroy_process_group()
 

@@ -44,9 +44,13 @@ class Coefficients:
         Seconds that a collective costs whatever its size, for each rank in it.
     update : float
         Seconds that the optimiser takes for a number of a rank's own shard.
+    copy : float
+        Seconds that handling a byte takes which a rank exchanges, besides its travelling.
+    contention : float
+        By how much cores of one machine slow each other down when all compute at once.
     reference : float
-        The ``gflops`` at which ``operation``, ``call`` and ``update`` were measured: a slower device takes longer for
-        them too; 0: they are the same everywhere.
+        The ``gflops`` at which the other seconds were measured: a slower device takes longer for them too; 0: they are
+        the same everywhere.
     activation : float
         Factor on the activations' bytes.
     cores : float
@@ -58,6 +62,8 @@ class Coefficients:
     activation: float = 1.0
     cores: float = 0
     update: float = 0.0
+    copy: float = 0.0
+    contention: float = 0.0
     reference: float = 0.0
 
     def slower(self, device: Device) -> float:
@@ -120,25 +126,35 @@ def predict(
     inside = layout.data * layout.sequence * layout.tensor
     stages = [devices[stage * inside : (stage + 1) * inside] for stage in range(layout.pipeline)]
     micro = [stage_seconds(work, layout, split, place, stages[place], known) for place in range(layout.pipeline)]
-    compute = sum(micro) + (layout.micro_batches - 1) * max(micro)
-    if known.cores:
-        # Ranks that wait leave their core to others, so neither the longest path nor the whole work can be undercut.
-        compute = max(compute, sum(micro) * layout.micro_batches * inside / known.cores)
+    compute = computing(micro, layout.micro_batches, inside, known)
     ranks, exchange = [], 0.0
     for place, held in enumerate(stages):
         sent, calls = traffic(work, layout, split, place)
         memory = memory_of(work, layout, split, place, known)
         crossing = sent + received(work, layout, place)
-        moving = max(transfer_seconds(device, crossing, calls, known) for device in held)
-        if known.cores:
-            moving *= max(1.0, len(devices) / known.cores)
-        moving += max(map(known.slower, held)) * known.update * own_weights(work, layout, split, place)
+        handling = calls * known.call + crossing * known.copy + known.update * own_weights(work, layout, split, place)
+        # Handling is work for cores, which ranks may have to share; travelling is not.
+        crowd = max(1.0, len(devices) / known.cores) if known.cores else 1.0
+        moving = max(
+            crowd * known.slower(device) * handling + travel_seconds(device, crossing, calls) for device in held
+        )
         exchange = max(exchange, moving)
         ranks += [RankCost(micro[place] * layout.micro_batches, sent, calls, memory)] * inside
     seconds = compute + exchange
     joules = seconds * sum(device.watts for device in devices)
     money = sum(rank_money(device, rank, seconds) for device, rank in zip(devices, ranks, strict=True))
     return Predicted(seconds, tuple(ranks), joules, money, {"compute": compute, "exchange": exchange})
+
+
+def computing(micro: Sequence[float], pieces: int, inside: int, known: Coefficients) -> float:
+    """Seconds in which the stages compute: the longest way through the pipeline, on cores that may be shared."""
+    path, total = sum(micro) + (pieces - 1) * max(micro), sum(micro) * pieces * inside
+    if not known.cores:
+        return path
+    # Ranks that wait leave their core to others, so neither the longest path nor the whole work can be undercut.
+    at_once = min(known.cores, total / path)
+    slowed = 1 + known.contention * (at_once - 1) / max(1.0, known.cores - 1)
+    return slowed * max(path, total / known.cores)
 
 
 def rank_money(device: Device, rank: RankCost, seconds: float) -> float:
@@ -232,9 +248,7 @@ def own_weights(work: Work, layout: Layout, split: Sequence[int], place: int) ->
     return (split[place] * block + outside) / (layout.data * layout.sequence)
 
 
-def transfer_seconds(device: Device, sent: float, calls: float, known: Coefficients) -> float:
-    """Seconds that a device's share of the traffic takes on its link."""
+def travel_seconds(device: Device, crossing: float, calls: float) -> float:
+    """Seconds that a device's share of the traffic is on its link."""
     link = device.link
-    return calls * (known.call * known.slower(device) + link.latency_ms / 1e3) + 8e-6 * sent / min(
-        link.up_mbps, link.down_mbps
-    )
+    return calls * link.latency_ms / 1e3 + 8e-6 * crossing / min(link.up_mbps, link.down_mbps)

@@ -12,7 +12,8 @@ from typing import Any
 from mycel.errors import RecipeError
 from mycel.fleet.device import Device, Fleet, Link
 
-CALIBRATED = ("operation", "call", "update", "activation", "reference", "cores")  # see decisions.cost.Coefficients
+# The fields of decisions.cost.Coefficients.
+CALIBRATED = ("operation", "call", "update", "copy", "contention", "activation", "reference", "cores")
 MAY_BE_ZERO = {"latency_ms", "price_per_gib", "price_per_hour"}
 _HOME = Link(up_mbps=20, down_mbps=100, latency_ms=20)
 _OFFICE = Link(up_mbps=200, down_mbps=200, latency_ms=8)

@@ -65,12 +65,10 @@ def calibrated(found: Probed, seconds: float) -> Probed:
     return replace(
         found,
         gflops=speed,
-        mbps=round(pace["mbps"], 1),
-        latency_ms=0.0,
         calibration={
             "operation": operation,
             "update": update,
-            "call": pace["call"],
+            **pace,
             "activation": factor,
             "reference": speed,
             "cores": float(os.cpu_count() or 1),
@@ -116,7 +114,7 @@ def _step(shape: tuple[int, int, int, int], seconds: float) -> tuple[float, Grap
 
 
 def between_ranks() -> dict[str, float]:
-    """Seconds of a collective call and megabits a second, between two ranks of this machine."""
+    """What two ranks of this machine measure of each other: ``call``, ``copy`` and ``contention`` of the cost model."""
     with tempfile.TemporaryDirectory(prefix="mycel-") as folder:
         out = Path(folder) / "pace.json"
         words = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
