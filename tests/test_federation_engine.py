@@ -8,8 +8,10 @@ import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ from mycel.engines.resident import PartyHost, Resident
 from mycel.federation.demo import write_examples
 from mycel.federation.execute import Federated
 from mycel.federation.member import Membership, Task, base_sha256
-from mycel.federation.place import Post
 from mycel.models.base import find_base
 from mycel.recipe import load_recipe
 from mycel.run.folder import RunFolder
@@ -251,6 +252,23 @@ def test_whatever_a_party_says_becomes_an_answer_or_a_refusal(answers: list[tupl
     _run(program)
 
 
+@dataclass
+class Nearby:
+    """A coordinator whose line is open already."""
+
+    seats: dict[str, int]
+    secure: bool = True
+
+    async def line(self, job: str) -> Connection:
+        raise AssertionError(job)
+
+    def tell(self, standing: Mapping[str, Any]) -> None:
+        assert json.dumps(standing)
+
+    def close(self) -> None:
+        pass
+
+
 def test_a_hostile_party_is_refused_and_counted_and_the_others_finish(tmp_path: Path) -> None:
     recipe = load_recipe(
         "quickstart",
@@ -280,8 +298,7 @@ def test_a_hostile_party_is_refused_and_counted_and_the_others_finish(tmp_path: 
         engine = parties.engine(job=task.to_json(), part=1 << 26)
         folder = RunFolder(tmp_path / "run")
         folder.work.mkdir(parents=True)
-        seats = {"party 0": 70, "party 1": 71, "party 2": 72}
-        going = Federated(recipe, folder, address="127.0.0.1:1", post=Post(0, "", True, seats))
+        going = Federated(recipe, folder, hub=Nearby({"party 0": 70, "party 1": 71, "party 2": 72}))
         with going.opened():
             coordinator = going.coordinate(engine, await going.gather(engine), base, tmp_path / "checkpoint")
             state = await coordinator.run()

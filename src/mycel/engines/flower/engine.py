@@ -21,7 +21,7 @@ from mycel.errors import EngineError
 from mycel.wire.shelf import Frame
 
 PART = 1 << 27  # bytes of a frame that travel in one message
-PIECE = 1 << 26  # bytes of each message that a longer frame travels in
+PIECE = 48 << 20  # bytes of each message that a longer frame travels in
 AGAIN = 10.0  # seconds after which a question outside of the rounds is asked for the second time
 
 
