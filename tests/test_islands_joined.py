@@ -9,15 +9,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed
 
+from mycel.collectives.overlap import Made, Overlap
 from mycel.collectives.processes import RankProcesses
+from mycel.collectives.ranks import Meeting, process_group
 from mycel.data.parties import load_parties
 from mycel.engines.children import start
+from mycel.engines.nursery import Nursery
 from mycel.errors import RecipeError
 from mycel.federation.demo import Village
 from mycel.pretrain.proving import pretraining
@@ -192,3 +197,33 @@ def test_on_a_federation_a_party_that_is_an_island_outlives_a_killed_rank(tmp_pa
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert result["state_sha256"] == reference["state_sha256"]
     assert result["dropped"] == {"late": 0, "invalid": 0, "lost": 0}
+
+
+def summing(connection: Connection) -> None:
+    """Be a rank whose sums travel while it computes: the next stage's part is what the stage before came to."""
+    with process_group(Meeting(**json.loads(connection.recv_bytes()))):
+        rank, overlap = torch.distributed.get_rank(), Overlap()
+        first: Made = ({"w": torch.full((3,), rank + 1.0)}, rank + 1)
+        second, (one, some) = overlap.stage(lambda: ({"w": first[0]["w"] * 10}, first[1] * 2), first)
+        third, (other, more) = overlap.stage(lambda: ({"w": second[0]["w"] * 100}, second[1] * 2), second)
+        totals = [[*one["w"].tolist(), some], [*other["w"].tolist(), more]]
+        overlap.close()
+        connection.send_bytes(json.dumps([totals, third[0]["w"].tolist(), overlap.sent]).encode())
+
+
+def test_a_stage_sums_what_was_made_before_while_the_next_is_made(tmp_path: Path) -> None:
+    nursery = Nursery(summing)
+    try:
+        ranks = [nursery.start() for _ in range(2)]
+        for rank, child in enumerate(ranks):
+            told = {"file": str(tmp_path / "meeting"), "rank": rank, "size": 2}
+            child.connection.send_bytes(json.dumps(told).encode())
+        found = [json.loads(child.connection.recv_bytes()) for child in ranks]
+        for child in ranks:
+            child.connection.close()
+    finally:
+        nursery.close()
+    for rank, (totals, made, sent) in enumerate(found):
+        assert totals == [[3.0, 3.0, 3.0, 3], [30.0, 30.0, 30.0, 6]]
+        assert made == [1000.0 * (rank + 1)] * 3
+        assert sent == 2 * 3 * 4  # two sums, in each of which a rank of two sends as much as a whole tensor

@@ -7,6 +7,7 @@ started again from the last whole checkpoint: as many, and fewer once they are k
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from mycel.models.base import find_base, open_base
 from mycel.recipe.schema import Layout, Recipe
 
 GRACE = 1.0  # seconds for a rank's death to be seen after a neighbour failed of it
-DEGREES = ("data", "tensor", "pipeline", "sequence", "micro_batches")
+KEPT = ("codec", "recompute", "checkpoint_every", "recovery")  # of a layout, when fewer ranks share the work
 
 
 def launch(recipe: Recipe, words: Sequence[str], ranks: int, out: Path, resume: bool) -> int:
@@ -38,7 +39,7 @@ def launch(recipe: Recipe, words: Sequence[str], ranks: int, out: Path, resume: 
     """
     layout, steps = recipe.layout, -1
     while True:
-        with started([*words, *_division(layout)], ranks, resume) as processes:
+        with started([*words, *_division(recipe, layout)], ranks, resume) as processes:
             status, killed = outcome(processes)
         if not killed:
             return status
@@ -56,7 +57,7 @@ def smaller(recipe: Recipe, ranks: int) -> Layout:
     rows, length = recipe.training.batch_size, recipe.data.max_length
     for fewer in range(ranks - 1, 0, -1):
         for layout in layouts(fewer, base.model.config, rows, length):
-            kept = layout.model_copy(update={"codec": recipe.layout.codec, "recompute": recipe.layout.recompute})
+            kept = layout.model_copy(update={name: getattr(recipe.layout, name) for name in KEPT})
             try:
                 check_layout(kept, fewer, base.model.config, rows, length)
             except RecipeError:
@@ -68,9 +69,13 @@ def smaller(recipe: Recipe, ranks: int) -> Layout:
     )
 
 
-def _division(layout: Layout) -> list[str]:
-    blocks = ",".join(str(count) for count in layout.blocks)
-    return [*(f"layout.{name}={getattr(layout, name)}" for name in DEGREES), f"layout.blocks=[{blocks}]"]
+def _division(recipe: Recipe, layout: Layout) -> list[str]:
+    """Overrides that turn the recipe's layout into this one; JSON values are TOML's too."""
+    return [
+        f"layout.{name}={json.dumps(value)}"
+        for name, value in layout.model_dump(mode="json").items()
+        if value != recipe.layout.model_dump(mode="json")[name]
+    ]
 
 
 @contextmanager
