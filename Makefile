@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input --constraint requirements.lock
 
-.PHONY: quickstart test install install-test install-dev lint types bench clean
+.PHONY: quickstart test install install-test install-dev lint types fuzz bench clean
 
 quickstart: install
 	$(BIN)/mycel run quickstart --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -42,6 +42,12 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+FUZZ_SECONDS ?= 60
+
+fuzz: install-test
+	$(INSTALL) --quiet --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz_parcel.py -max_total_time=$(FUZZ_SECONDS)
 
 bench: install-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

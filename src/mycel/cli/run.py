@@ -46,6 +46,8 @@ def run_command(
     ways = ways_table(result)
     console.print(summary_table(result) if ways is None else ways)
     console.print(bytes_line(result))
+    if "left_out" in result:
+        console.print(result["left_out"])
     console.print(f"run folder  {folder}\nreport      {folder / 'report.html'}\nmodel       {folder / 'model'}")
     console.print("\nNext:")
     console.print(

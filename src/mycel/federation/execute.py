@@ -2,7 +2,7 @@
 
 ``recipe -> base -> Flower's run -> parties say who they are -> rounds -> result, model, report``
 
-Comparison arms are left out: they would need every party's data in one place.
+Comparison arms are left out, and the result says so: they would need every party's data in one place.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ from mycel.run.log import EventLog
 from mycel.run.result import build_result
 from mycel.wire.shelf import Shelf
 
+LEFT_OUT = (
+    "Not compared with {}: that takes everyone's examples in one place, or each one's own model on everyone's, and on "
+    "a federation neither leaves its party. Each can train alone at home: mycel run with system=local."
+)
 LOOK = 0.5  # seconds between looks for parties that have joined
 
 
@@ -51,6 +55,7 @@ class Federated(Execution):
     """One run on a federation in progress."""
 
     hub: Reach = field(kw_only=True)
+    left_out: list[str] = field(default_factory=list)
     coordinator: Coordinator | None = None
     declined: dict[str, str] = field(default_factory=dict)
     cleaned: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -67,6 +72,8 @@ class Federated(Execution):
             result = build_result(self.recipe, {"system": finished}, Probes(), time.monotonic() - started)
             if self.recipe.data.cleaning:
                 result["cleaning"] = self.cleaned
+            if self.left_out:
+                result["left_out"] = LEFT_OUT.format(", ".join(self.left_out))
             self._conclude(result, finished)
         return result
 
@@ -244,8 +251,8 @@ def run_federated(
 ) -> dict[str, Any]:
     """Run ``recipe`` on the federation whose coordinator listens at ``address``; ``key`` is an operator's bundle."""
     hub = reach(address, key)
-    recipe = recipe.replace({"compare": []})
+    left_out, recipe = recipe.compare, recipe.replace({"compare": []})
     check_recipe(recipe)
     folder = RunFolder(out)
     with folder.held(recipe, resume):
-        return Federated(recipe, folder, watcher or Silent(), hub=hub).run()
+        return Federated(recipe, folder, watcher or Silent(), hub=hub, left_out=list(left_out)).run()

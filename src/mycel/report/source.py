@@ -157,6 +157,7 @@ class Result(Part):
     final: Finals
     bytes: Bytes
     dropped: Dropped = Dropped()
+    left_out: str = ""
     state_sha256: str = ""
     seconds: Seconds = 0.0
     virtual_seconds: Seconds = 0.0
