@@ -8,6 +8,7 @@ count the tokens that were asked for, prefill included; each contestant's best o
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from common import arguments, show
 from mycel.generation.engine import Engine, Limits
 from mycel.generation.executor import Whole
+from mycel.generation.gguf import write_gguf
 from mycel.generation.request import Request
+from mycel.models.base import find_base
 
 VOCABULARY = 32_000
 WEIGHTS = 4 * (VOCABULARY * 512 + 12 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512) + 512)  # bytes read for a token
 BASELINE = "transformers generate fp32"
+LLAMA = "llama.cpp bf16"  # takes part where llama-cpp-python is installed
 CONTESTANTS = (BASELINE, "mycel, packed", "mycel, one copy of weights", "ctranslate2 int8")
+CONTESTANTS += (LLAMA,) * (importlib.util.find_spec("llama_cpp") is not None)
 Job = tuple[list[int], int]  # a prompt and the number of tokens wanted
 
 
@@ -106,6 +111,24 @@ def ctranslate_runner(model: PreTrainedModel, folder: Path) -> Callable[[list[Jo
     return run
 
 
+def llama_runner(model: PreTrainedModel, folder: Path) -> Callable[[list[Job]], None]:
+    import llama_cpp
+
+    AutoTokenizer.from_pretrained(find_base("micro")).save_pretrained(folder)
+    model.save_pretrained(folder)
+    write_gguf(folder, folder / "model.gguf", "bf16")
+    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def run(jobs: list[Job]) -> None:
+        for prompt, most in jobs:
+            llama.reset()  # otherwise what it still holds of an equal prompt would be free
+            for made, _ in enumerate(llama.generate(prompt, temp=0.0), 1):
+                if made == most:
+                    break
+
+    return run
+
+
 def bandwidth() -> float:
     """Bytes a second that one thread reads from memory."""
     block = torch.ones(64 << 20)
@@ -127,6 +150,8 @@ def contestant(name: str, calls: Connection) -> None:
             run = partial(generate, model)
         elif name == "ctranslate2 int8":
             run = ctranslate_runner(model, Path(folder))
+        elif name == LLAMA:
+            run = llama_runner(model, Path(folder))
         else:
             run = engine_runner(Whole(model, pack=name == "mycel, packed"))
         run(LOADS["batch 1"])
@@ -158,7 +183,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
 
 def row(load: str, name: str, speed: float, baseline: float, reads: float) -> dict[str, Any]:
-    share = f"{speed * WEIGHTS / reads:.0%}" if load == "batch 1" and "int8" not in name else ""
+    share = f"{speed * WEIGHTS / reads:.0%}" if load == "batch 1" and "int8" not in name and "bf16" not in name else ""
     ratio = round(speed / baseline, 2)
     return {"load": load, "engine": name, "tokens/s": round(speed, 1), "ratio": ratio, "of bandwidth": share}
 

@@ -27,7 +27,8 @@ class LlamaCpp(Batched):
         import llama_cpp
 
         threads = torch.get_num_threads()
-        self.model: Any = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, verbose=False)
+        many = {"n_threads": threads, "n_threads_batch": threads}
+        self.model: Any = llama_cpp.Llama(str(file), n_ctx=context, verbose=False, **many)
         super().__init__(tokenizer, len(tokenizer), context, most, 1)
 
     def alike(self, request: Request) -> Hashable:
@@ -46,6 +47,11 @@ class LlamaCpp(Batched):
         for token in tokens:
             if ticket.give(int(token)):
                 return
+
+    def close(self) -> None:
+        """End the thread, then the model."""
+        super().close()
+        self.model.close()
 
 
 def open_llama_cpp(found: Found, most: int, kind: str = "bf16") -> Served:
