@@ -23,6 +23,7 @@ from mycel.collectives.step import Trainer
 from mycel.pretrain.acco import joined
 from mycel.pretrain.weights import advance
 from mycel.recipe.schema import Layout, Training
+from mycel.wire.parcel import Tensors
 
 PAIRS, ROWS, LENGTH = 24, 8, 128
 STAGES, MEGABITS = 12, 100.0
@@ -43,7 +44,7 @@ def timed(step: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def overhead() -> dict[str, float]:
+def overhead() -> dict[str, Any]:
     """Steps of both in turn, so that what disturbs the machine disturbs both; the median of the pairs' ratios."""
     ranks = make_ranks(Layout(data=dist.get_world_size()), torch.device("cpu"))
     stage = lay_out(model(), ranks)
@@ -71,7 +72,7 @@ def overhead() -> dict[str, float]:
     }
 
 
-def acco() -> dict[str, float]:
+def acco() -> dict[str, Any]:
     """ACCO's recursion over two ranks: a stage's time beside computing and sending alone, and one after the other."""
     net = model(hidden=128)
     weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
@@ -95,7 +96,9 @@ def acco() -> dict[str, float]:
     one = median(timed(compute) for _ in range(5))
     batches = max(1, round(sending / one))  # as many as fit into the sending, as the system chooses them
     computing = median(timed(compute) for _ in range(5))
-    stages, memory, half = [], {}, made
+    stages: list[float] = []
+    memory: Tensors = {}
+    half = made
     for number in range(STAGES):
         dist.barrier()
         started = time.perf_counter()

@@ -104,7 +104,8 @@ def outcome(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, bool]:
         running = dict(ends)
         while running:
             for end in wait(list(running)):
-                process = running.pop(int(end))  # type: ignore[arg-type]
+                assert isinstance(end, int)
+                process = running.pop(end)
                 if process.wait():
                     return _failure(process, list(running.values()))
         return 0, False
