@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -23,9 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from mycel.errors import EngineError, GenerationError
 from mycel.generation.engine import Engine, Limits, greedy
 from mycel.generation.executor import Executor, Whole
+from mycel.generation.memory import Memory, Shape
 from mycel.generation.request import Request, Token
 from mycel.generation.scheduler import FirstComeFirstServed, Policy, Step, View, fill
 from mycel.generation.sharing import by_speed, shares_of
+from mycel.generation.tensor_parallel import pack_plan, read_plan
 from mycel.generation.weights import Weights, open_executor
 from mycel.segments.executor import Pipeline
 from mycel.serve.prompt_lookup import PromptLookup
@@ -209,6 +213,22 @@ def test_a_lost_rank_fails_what_is_under_way_and_nothing_after(parts: Parts) -> 
     finally:
         executor.close()
     assert not set(multiprocessing.active_children()) - set(others)
+
+
+ROOM = Memory([Shape(1, 2, 2)], 5, 4)
+
+
+@given(st.lists(st.integers(-2, 9), max_size=24), st.integers(0, 30))
+def test_a_rank_takes_no_plan_that_leaves_its_pages(numbers: list[int], tokens: int) -> None:
+    try:
+        extents = read_plan(numbers, tokens, ROOM)
+    except EngineError:
+        return
+    assert sum(each.end - each.start for each in extents) == tokens
+    for each in extents:
+        assert 0 <= each.start < each.end <= 4 * len(each.table)
+        assert all(0 <= page < 5 for page in each.table)
+    assert read_plan(pack_plan(extents).tolist(), tokens, ROOM) == extents
 
 
 def test_ranks_share_heads_by_speed_or_as_asked(parts: Parts) -> None:

@@ -91,7 +91,7 @@ class PagedMaster(Master):
         positions = torch.tensor([[p for extent in extents for p in range(extent.start, extent.end)]])
         with torch.inference_mode():
             hidden = self.cut.embed(torch.tensor([list(tokens)]), positions)[0]
-        plan = _packed(extents)
+        plan = pack_plan(extents)
         self.tell(BATCH, len(tokens), len(plan))
         for other in range(1, self.mesh.size):
             self.mesh.send_tensor(other, plan)
@@ -126,7 +126,7 @@ class PagedWorker(Worker):
             raise EngineError(f"a batch of {tokens} tokens in {numbers} numbers; at most {MOST_TOKENS:,} are taken")
         plan = self.mesh.receive_tensor(0, torch.empty(numbers, dtype=torch.int32)).tolist()
         hidden = self.mesh.receive_tensor(0, torch.empty(tokens, int(self.cut.config.hidden_size)))
-        self.paged.compute(hidden, _unpacked(plan, tokens, self.paged.held))
+        self.paged.compute(hidden, read_plan(plan, tokens, self.paged.held))
 
     def _move(self, what: int, count: int) -> None:
         memory = self.paged.held
@@ -259,13 +259,14 @@ def _likes(shapes: Sequence[Shape], pages: int, size: int) -> list[Tensor]:
     return [*keys, *(torch.empty(pages, size * shape.heads * shape.value_width) for shape in shapes)]
 
 
-def _packed(extents: Sequence[Extent]) -> Tensor:
+def pack_plan(extents: Sequence[Extent]) -> Tensor:
+    """Write what a worker must know of a batch beside its states."""
     numbers = [number for each in extents for number in (each.start, each.end, len(each.table), *each.table)]
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def _unpacked(numbers: Sequence[int], tokens: int, memory: Memory) -> list[Extent]:
-    """Read what ``_packed`` wrote; ``EngineError`` when it is not for these tokens and pages."""
+def read_plan(numbers: Sequence[int], tokens: int, memory: Memory) -> list[Extent]:
+    """Read what ``pack_plan`` wrote; ``EngineError`` when it is not for these tokens and pages."""
     extents, at = list[Extent](), 0
     while at + 3 <= len(numbers):
         start, end, count = numbers[at : at + 3]
