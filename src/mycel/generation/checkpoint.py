@@ -1,8 +1,9 @@
 """A checkpoint laid out for loading: one file of aligned tensors and an index, read by several threads at once.
 
 Source: Fu et al. 2024, ServerlessLLM. Large pieces are read straight into the block of memory that the tensors are
-views of. Reading past the page cache is a setting: it spares the cache, and on disks whose host reads ahead it is
-slower (`benchmarks/loading.py` shows both).
+views of. Each reader has a run of the file and a descriptor of its own, so that the kernel sees sequential reading and
+reads ahead of every one; one descriptor for all reads halves the speed. Reading past the page cache is a setting: it
+spares the cache, and on disks whose host reads ahead it is slower (`benchmarks/loading.py` shows both).
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ class Loader:
     Parameters
     ----------
     threads : int
-        Readers at work at once.
+        Readers at work at once; two keep a disk busy while the kernel clears new memory for one of them.
     direct : bool
         Whether to read past the page cache, where the file system lets one.
     """
 
-    def __init__(self, threads: int = 4, direct: bool = False) -> None:
+    def __init__(self, threads: int = 2, direct: bool = False) -> None:
         self.threads, self.direct = threads, direct
         self._block: mmap.mmap | None = None
 
@@ -104,19 +105,19 @@ class Loader:
         return found
 
     def _read(self, path: Path, block: memoryview, size: int) -> None:
+        share = max(PIECE, _aligned(-(-size // self.threads)))
+        runs = [(start, min(start + share, size)) for start in range(0, size, share)]
+        with ThreadPoolExecutor(self.threads) as readers:
+            list(readers.map(lambda run: self._read_run(path, block, *run), runs))
+
+    def _read_run(self, path: Path, block: memoryview, start: int, end: int) -> None:
         file = self._open(path)
         try:
-
-            def read(start: int) -> None:
-                end = min(start + PIECE, size)
-                while start < end:
-                    got = os.preadv(file, [block[start:end]], start)
-                    if got <= 0:
-                        raise ModelError(f"{path} ends at byte {start} of {size}: write the checkpoint again")
-                    start += got
-
-            with ThreadPoolExecutor(self.threads) as readers:
-                list(readers.map(read, range(0, size, PIECE)))
+            while start < end:
+                got = os.preadv(file, [block[start : min(start + PIECE, end)]], start)
+                if got <= 0:
+                    raise ModelError(f"{path} ends at byte {start} of {end}: write the checkpoint again")
+                start += got
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
         finally:
