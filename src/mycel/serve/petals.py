@@ -10,11 +10,11 @@ inputs in one call and goes on; all others are left alone. States cross as block
 where the swarm's throughput is least and moves for a gain of 20 %. Prompts are tuned through the frozen chain:
 gradients come back over the same cuts, and the servers' weights stay as they are.
 
-Here: ``segments.client`` (sessions and replay), ``decisions.routing``, ``decisions.placement``, ``segments.training``,
-``engines.peers_zenoh``. With one server that holds all blocks and the codec ``raw`` it is plain decoding.
+Servers push states to each other and answer the client beside that, who keeps every input to survive a loss.
 
-Not verified: the paper's servers push states to each other directly; ours answer the client, who needs every input
-anyway to survive a loss.
+Here: ``segments.client`` and ``segments.crossing`` (sessions, pushing and replay), ``decisions.routing``,
+``decisions.placement``, ``segments.training``,
+``engines.peers_zenoh``. With one server that holds all blocks and the codec ``raw`` it is plain decoding.
 """
 
 from __future__ import annotations
