@@ -166,8 +166,13 @@ def test_keys_that_are_damaged_leave_a_party_out_and_liars_are_outvoted() -> Non
             message.kind, message.header, message.tensors | {"letter/lock": torch.zeros(60, dtype=torch.uint8)}
         )
 
-    guard, table = CkksGuard({"a": (3,)}, dict.fromkeys(range(3), 1)), Table(CkksParty(), change)
-    assert asyncio.run(guard.prepare(table.post, range(3))) == [0, 1]
+    guard, table = CkksGuard({"a": (3,)}, dict.fromkeys(range(4), 1)), Table(CkksParty(), change)
+    assert asyncio.run(guard.prepare(table.post, range(4))) == [0, 1, 3]
+    answers = sealed(guard, table, [0, 1, 3])
+    answers[0].parcel.tensors["sealed/sum"].zero_()  # no ciphertext
+    opened = asyncio.run(guard.open(table.post, answers))
+    assert (opened.weight, opened.within) == (2, 2)
+    assert torch.allclose(opened.total["a"], torch.full((3,), 6.0), atol=1e-4)
     assert _most([b"true", b"lie", b"true"]) == b"true"
     with pytest.raises(ParcelError, match="agree"):
         _most([b"true", b"lie"])

@@ -23,7 +23,7 @@ How the fresh adapters are seeded could not be verified; here by party and round
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -53,7 +53,7 @@ class FloraStacking(FedAvg):
     """Stack, broadcast, merge, begin anew."""
 
     Knobs = Knobs
-    reports = ("samples", "loss", "merged")
+    reports: ClassVar[tuple[str, ...]] = ("samples", "loss", "merged")
     moves_base = True
 
     def __init__(self, recipe: Recipe) -> None:

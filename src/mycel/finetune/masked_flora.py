@@ -74,9 +74,7 @@ class MaskedFlora(FloraStacking):
 
     def step(self, state: State, outcome: Outcome) -> State:
         """Add the mean to the base's change."""
-        return state.but(
-            base=add(state.base, outcome.base), facts={**state.facts, "merged": state.facts["merged"] + 1}
-        )
+        return state.but(base=add(state.base, outcome.base), facts={**state.facts, "merged": state.facts["merged"] + 1})
 
 
 def claim(lab: Laboratory) -> Measured:

@@ -52,14 +52,7 @@ class CkksGuard(Guard):
         bad = [node for node, key in public.items() if len(key) != KEY_BYTES]
         if bad:
             raise ParcelError(f"public keys of the nodes {bad} are of the wrong kind: {KEY_BYTES} bytes are needed")
-        for maker in public:
-            keys = _bytes(keys=b"".join(public.values()))
-            ask = Parcel(f"{KIND}make", {"tag": self.tag, "holders": list(public)}, keys)
-            made = (await post({maker: ask})).get(maker)
-            if made is not None:
-                break
-        else:
-            raise ParcelError("no party made a key to encrypt under")
+        maker, made = await self._make(post, public)
         self.keys = read(made, "coordinator")
         sealed, locks = read(made, "sealed"), cut(read(made, "locks"), list(public))
         relayed = {
@@ -70,6 +63,16 @@ class CkksGuard(Guard):
         if len(present) < 2:
             raise ParcelError(f"{len(present)} parties hold the key and 2 are needed to hide anybody")
         return present
+
+    async def _make(self, post: Post, public: Mapping[int, bytes]) -> tuple[int, Parcel]:
+        """Ask one after another to make a key; return who did, and what came."""
+        keys = _bytes(keys=b"".join(public.values()))
+        ask = Parcel(f"{KIND}make", {"tag": self.tag, "holders": list(public)}, keys)
+        for maker in public:
+            made = (await post({maker: ask})).get(maker)
+            if made is not None:
+                return maker, made
+        raise ParcelError("no party made a key to encrypt under")
 
     def terms(self) -> dict[str, Any]:
         """The tag, what all weights add up to, and how many they are."""
@@ -86,7 +89,10 @@ class CkksGuard(Guard):
         total: list[bytes] = []
         for answer in answers:
             sent = _pieces(answer.parcel, pieces)
-            total = ckks.add(self.keys, [total, sent]) if total else sent
+            try:
+                total = ckks.add(self.keys, [total, sent] if total else [sent])
+            except ParcelError:  # no ciphertexts under this key: as if the party had left
+                continue
             nodes.append(answer.node)
         if len(nodes) < 2:
             raise ParcelError(f"{len(nodes)} inputs arrived: their sum would hide nobody")
@@ -167,7 +173,7 @@ def _pieces(parcel: Parcel, count: int | None) -> list[bytes]:
         raise ParcelError("the lengths of the ciphertexts are not those of what came")
     if count is not None and len(sizes) != count:
         raise ParcelError(f"an encrypted update has {len(sizes)} ciphertexts where {count} are needed")
-    return [piece.numpy().tobytes() for piece in content.split(sizes)]
+    return [piece.numpy().tobytes() for piece in torch.split(content, sizes)]
 
 
 def _key(node: int, kept: Tensors) -> bytes:

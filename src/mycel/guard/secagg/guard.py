@@ -88,8 +88,8 @@ class MaskGuard(Guard):
         """Add up, ask for shares, take masks away."""
         assert self.protocol is not None
         for answer in answers:
-            levels = answer.parcel.tensors[SUM].numpy().astype(f"<i{self.wide // 8}", copy=False)
-            hidden = levels.view(f"<u{self.wide // 8}")
+            signed = answer.parcel.tensors[SUM].numpy().astype(f"<i{self.wide // 8}", copy=False)
+            hidden = signed.view(f"<u{self.wide // 8}")
             self.protocol.take_input(answer.node, hidden)
         asked = {node: self._ask_reveal(node) for node in sorted(self.protocol.inputs)}
         for node, letter in (await post(asked)).items():
