@@ -115,7 +115,7 @@ def main() -> None:
                 "bytes off": abs(cost.bytes / row["bytes"] - 1) if row["bytes"] else 0.0,
             }
         )
-    choices = {}
+    choices: dict[tuple[Any, ...], float] = {}
     for row in rows:
         same = rivals(row, rows)
         chosen = min(same, key=lambda each: predicted(each, known).seconds)

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mycel.decisions.cost import NOMINAL, Coefficients, Work, memory_of, predict
+from mycel.decisions.cost import NOMINAL, Coefficients, Work, computing, memory_of, predict
 from mycel.decisions.graph import graph_of
 from mycel.decisions.partition import Chain, Partition, Proportional, StageCost, by_integer_programme, every_split
 from mycel.decisions.planner import Plans, Task, left_out, placements
@@ -199,6 +201,19 @@ def test_slower_devices_take_longer_for_overheads_too_and_wait_for_what_they_are
     found = predict(WORK, Layout(pipeline=2), (2, 2), (Device("a", 50, 8, link=FAST), thin), NOMINAL)
     message = 8 * 64 * CONFIG.hidden_size * 4
     assert found.parts["exchange"] == pytest.approx(2 * 8e-6 * message / 10, rel=0.01)
+
+
+@given(st.lists(st.floats(0.1, 3), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 3))
+def test_shared_cores_undercut_neither_the_longest_way_nor_the_whole_work(
+    micro: list[float], pieces: int, inside: int
+) -> None:
+    alone = computing(micro, pieces, inside, NOMINAL)
+    assert alone == pytest.approx(sum(micro) + (pieces - 1) * max(micro))
+    one = computing(micro, pieces, inside, Coefficients(cores=1, contention=0.5))
+    assert one == pytest.approx(sum(micro) * pieces * inside)
+    many = computing(micro, pieces, inside, Coefficients(cores=64))
+    assert many == pytest.approx(alone)
+    assert alone <= computing(micro, pieces, inside, Coefficients(cores=64, contention=0.5)) <= 1.5 * alone + 1e-9
 
 
 def test_a_probe_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ tensor ranks, R = D S replicas, and a stage's weights W (numbers of 4 bytes):
     memory      4 x (W / R / N) x (value, gradient, 2 moments) + what is gathered at once + activations kept
     energy      watts x seconds of the step, each device; money: price an hour x hours + price a GiB x GiB sent
 
+Ranks that share the cores of one machine wait for them and slow each other down; what travels does not.
 ``Coefficients`` turn operations into seconds where a device's ``gflops`` alone would not do: `mycel fleet probe` and
 ``benchmarks/planner.py`` fit them. Sources: Narayanan et al. 2021 (pipeline bubble, tensor-parallel traffic);
 Zhao et al. 2023 (FSDP); docs/planning.md.

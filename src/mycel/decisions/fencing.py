@@ -9,7 +9,7 @@ Tang et al. 2024, "FusionLLM: A Decentralized LLM Training System on Geo-distrib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from math import inf
@@ -125,9 +125,9 @@ def ordered_clusters(seen: Spread) -> list[list[int]]:
     return found
 
 
-def _widest(nodes: list[tuple[int, ...]], width: object) -> list[tuple[int, ...]]:
-    assert callable(width)
-
+def _widest(
+    nodes: list[tuple[int, ...]], width: Callable[[tuple[int, ...], tuple[int, ...]], float]
+) -> list[tuple[int, ...]]:
     def widths(order: Sequence[tuple[int, ...]]) -> list[float]:
         return sorted(width(a, b) for a, b in pairwise(order))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.decisions.fencing import Fence, Fenced, Spread, keeping, operators, transfer
-from mycel.decisions.graph import graph_of
+from mycel.decisions.graph import Graph, graph_of
 from mycel.decisions.timeline import pipeline, simulate
 from mycel.models.sizes import SIZES
 from mycel.rounds.laboratory import Measured
@@ -60,12 +60,12 @@ class Trial:
         return sum(self.losses[-10:]) / len(self.losses[-10:])
 
 
-def two_sites(graph: object, speed: float = 4e10) -> Spread:
+def two_sites(graph: Graph, speed: float = 4e10) -> Spread:
     """Two machines at each of two places: 1 Gbit/s inside, 8 Mbit/s between, in no order."""
     near, far = 1.25e8, 1e6
     site = (0, 1, 0, 1)
     links = tuple(tuple(near if a == b else far for b in site) for a in site)
-    pieces = operators(graph, ROWS * LENGTH // PIECES, speed)  # type: ignore[arg-type]
+    pieces = operators(graph, ROWS * LENGTH // PIECES, speed)
     return Spread(pieces, (1.0,) * 4, (7e6,) * 4, links, 0.01)
 
 

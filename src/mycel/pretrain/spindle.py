@@ -86,7 +86,7 @@ def random_tasks(chance: random.Random, devices: int = 8) -> Workload:
     for task in range(chance.randint(2, 5)):
         ends = []
         for kind in chance.sample(["image", "text", "audio", "motion"], chance.randint(1, 3)):
-            size, before = chance.choice([1, 2, 4]), ()
+            size, before = chance.choice([1, 2, 4]), tuple[int, ...]()
             for _ in range(chance.randint(4, 16)):
                 operators.append(Operator(f"{kind} {task}", size, before))
                 before = (len(operators) - 1,)

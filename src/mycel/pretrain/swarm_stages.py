@@ -56,7 +56,7 @@ def trained(
     model = LlamaForCausalLM(config)
     swarm = Swarm(Stages(model, [1] * 4), crew, seed=1, fetch=1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses, seconds = [], []
+    losses, seconds = list[float](), list[float]()
 
     async def course() -> None:
         loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ the sum of the gradients, and with it the loss curve, is that of a run in which 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,8 +146,7 @@ class Swarm:
 
         return await self._ask(stage, BACK, compute)
 
-    async def _ask(self, stage: int, share: float, compute: object) -> Tensor:
-        assert callable(compute)
+    async def _ask(self, stage: int, share: float, compute: Callable[[Peer], Tensor]) -> Tensor:
         loop, wiring = asyncio.get_running_loop(), self.wiring[stage]
         while True:
             peer = self._by_name[wiring.choose()]
@@ -161,8 +160,7 @@ class Swarm:
                         raise Gone
                     peer.served += 1
                     wiring.observed(peer.name, (loop.time() - began) / share)
-                    found: Tensor = compute(peer)
-                    return found
+                    return compute(peer)
             except Gone:
                 wiring.leave(peer.name)
 
