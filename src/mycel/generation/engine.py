@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from mycel.errors import GenerationError
 from mycel.generation.aside import Aside
 from mycel.generation.executor import Executor, Piece
+from mycel.generation.moves import Moved, Moves
 from mycel.generation.pages import PagePool
 from mycel.generation.request import Request, Spans
 from mycel.generation.scheduler import FirstComeFirstServed, Policy, View
@@ -55,15 +56,13 @@ class Limits:
 
 
 @dataclass
-class Counts:
+class Counts(Moved):
     """What the engine did so far."""
 
     steps: int = 0
     computed: int = 0
     generated: int = 0
     shared: int = 0
-    set_aside: int = 0
-    recomputed: int = 0
     guessed: int = 0
     kept: int = 0
 
@@ -85,6 +84,8 @@ class Engine:
         Guesses tokens ahead.
     clock : callable
         Seconds.
+    background : bool
+        Whether pages that the policy moves early are copied beside the computing.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Engine:
         policy: Policy | None = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        background: bool = True,
     ) -> None:
         self.executor, self.tokenizer, self.drafter, self.clock = executor, tokenizer, drafter, clock
         self.limits = limits or Limits()
@@ -107,8 +109,9 @@ class Engine:
         executor.reserve(pages, page)
         # Only pages of this process can be shared between sequences or moved aside.
         self.pool = PagePool(pages, page, self.limits.share and executor.memory is not None)
-        self.aside = Aside(self.limits.aside)
+        self.aside = Aside(self.limits.aside, background)
         self.counts = Counts()
+        self._moves = Moves(executor, self.pool, self.aside, self.counts)
         self.context = min(executor.context, pages * page)
         self._active: dict[int, Sequence] = {}
         self._memory: Hashable = None
@@ -151,12 +154,13 @@ class Engine:
         if not self._active:
             self._memory = None
             return False
+        self._moves.take_note(self._active)
         step = self.policy.decide(self.view())
         self._memory = step.memory
         for identity in step.aside:
-            self._set_aside(self._active[identity])
+            self._moves.set_aside(self._active[identity])
         for identity in step.back:
-            self._bring_back(self._active[identity])
+            self._moves.bring_back(self._active[identity])
         chosen = [(self._active[identity], tokens) for identity, tokens in step.run]
         # Requests that find a shared beginning need other pages than planned: they take theirs last.
         chosen.sort(key=lambda pair: pair[0].place == "waiting")
@@ -166,6 +170,7 @@ class Engine:
             raise GenerationError(
                 f"{type(self.policy).__name__} chose nothing to compute among {len(self._active)} jobs"
             )
+        self._moves.begin(step, self._active)
         logits = self.executor.run([piece for _, piece, _ in work])
         self.counts.steps += 1
         self._take(work, logits)
@@ -187,10 +192,11 @@ class Engine:
             sequence.table = self.pool.find(sequence.tokens, sequence.request.adapter)
             sequence.computed = len(sequence.table) * self.pool.size
             self.counts.shared += sequence.computed
+        self._moves.stand_still(sequence)
         room = (len(sequence.table) + self.pool.available) * self.pool.size - sequence.computed
         count = min(tokens, sequence.left, room)
         if count < 1:
-            self._release(sequence)
+            self._moves.release(sequence)
             return None
         sequence.place = "resident"
         sequence.spans.begun = sequence.spans.begun or self.clock()
@@ -250,33 +256,9 @@ class Engine:
         if sequence.request.guess is not None:
             sequence.end("length")
 
-    def _set_aside(self, sequence: Sequence) -> None:
-        self.counts.set_aside += 1
-        needed = self.pool.pages_for(sequence.computed)
-        memory = self.executor.memory
-        if memory is not None and self.aside.put(sequence.id, memory, sequence.table[:needed]):
-            sequence.place, sequence.aside = "aside", needed
-            self.pool.release(sequence.table)
-            sequence.table = []
-        else:
-            self.counts.recomputed += sequence.computed
-            self._release(sequence)
-
-    def _bring_back(self, sequence: Sequence) -> None:
-        assert self.executor.memory is not None
-        sequence.table = self.pool.take(sequence.aside)
-        self.aside.take(sequence.id, self.executor.memory, sequence.table)
-        sequence.place, sequence.aside = "resident", 0
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.table)
-        self.executor.forget(sequence.id)
-        sequence.table, sequence.computed, sequence.place, sequence.published = [], 0, "waiting", 0
-
     def _leave(self, sequence: Sequence) -> None:
         del self._active[sequence.id]
-        self.aside.drop(sequence.id)
-        self._release(sequence)
+        self._moves.release(sequence)
         if self.drafter is not None:
             self.drafter.forget(sequence.id)
 

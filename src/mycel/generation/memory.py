@@ -67,6 +67,12 @@ class Memory:
         """Return the slots of positions ``start`` to ``end - 1``."""
         return [table[at // self.size] * self.size + at % self.size for at in range(start, end)]
 
+    def bytes_of(self, pages: int) -> int:
+        """Return the bytes of this many pages in all layers."""
+        return pages * sum(
+            self._paged(tensor).shape[1] * tensor.element_size() for tensor in (*self.keys, *self.values)
+        )
+
     def copy_out(self, table: Sequence[int]) -> list[Tensor]:
         """Return a copy of what a table's pages hold."""
         pages = torch.tensor(table, dtype=torch.int64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Place = Literal["waiting", "resident", "aside"]
+Moving = Literal["", "out", "in"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Job:
         Pages held; for a job aside, the pages that it needs to come back.
     place : str
         Not begun, in memory, or set aside.
+    moving : str
+        Of a job in memory: whether it is being copied out ahead, or back in.
     """
 
     id: int
@@ -43,6 +46,7 @@ class Job:
     computed: int = 0
     held: int = 0
     place: Place = "waiting"
+    moving: Moving = ""
 
     @property
     def left(self) -> int:
@@ -81,12 +85,26 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """What happens next: set aside, then bring back, then compute ``run`` as (identity, tokens)."""
+    """What happens next: set aside, then bring back, then compute ``run`` as (identity, tokens).
+
+    Attributes
+    ----------
+    run, aside, back : tuple
+        Of this iteration.
+    memory : Hashable
+        To be remembered by the policy.
+    leave, come : tuple of int
+        Copied beside the computing, for later iterations: residents that are not run now, whose pages come free when
+        the copy is made; and jobs aside, which are residents from now on. A wish that pages do not allow is passed
+        over.
+    """
 
     run: tuple[tuple[int, int], ...] = ()
     aside: tuple[int, ...] = ()
     back: tuple[int, ...] = ()
     memory: Hashable = None
+    leave: tuple[int, ...] = ()
+    come: tuple[int, ...] = ()
 
 
 class Policy(Protocol):

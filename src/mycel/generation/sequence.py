@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mycel.generation.request import Reason, Request, Spans, Token
 from mycel.generation.sampling import Sampler
-from mycel.generation.scheduler import Job, Place
+from mycel.generation.scheduler import Job, Moving, Place
 from mycel.generation.text import Reader
 
 Listener = Callable[[Token], None]
@@ -42,6 +42,7 @@ class Sequence:
     computed: int = 0
     table: list[int] = field(default_factory=list)
     place: Place = "waiting"
+    moving: Moving = ""
     aside: int = 0
     published: int = 0
     ended: Reason | None = None
@@ -64,7 +65,8 @@ class Sequence:
     def job(self) -> Job:
         """What a policy may know."""
         held = self.aside if self.place == "aside" else len(self.table)
-        return Job(self.id, self.arrived, len(self.request.prompt), len(self.tokens), self.computed, held, self.place)
+        prompt, length = len(self.request.prompt), len(self.tokens)
+        return Job(self.id, self.arrived, prompt, length, self.computed, held, self.place, self.moving)
 
     @property
     def room(self) -> int:

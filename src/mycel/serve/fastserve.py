@@ -8,10 +8,12 @@ jobs of the highest queues, first in, first out.
 
 When pages are short, the job that is *expected to run last* makes room: ``ENST(i) = min(T_promote(i), T_execute(i))``
 with ``T_promote = alpha - waited`` and ``T_execute`` the quanta that jobs of higher queues will use before they sink to
-job i's, divided by the batch.
+job i's, divided by the batch. *Proactive*: before pages run out, such jobs' pages are copied out beside the computing,
+until a share ``spare`` of all pages is free or coming free; and a job aside that is among the next to run comes back
+beside the computing while pages beyond that share are free.
 
-Reduces to first come, first served with one queue of infinite quantum, and to naive feedback queues with
-``skip_join = False``. Not built: pages are copied aside between iterations, not beside them; one machine.
+Reduces to first come, first served with one queue of infinite quantum, to naive feedback queues with
+``skip_join = False``, and to copying only when pages have run out with ``spare = 0``. Not built: several machines.
 """
 
 from __future__ import annotations
@@ -73,23 +75,60 @@ class FastServe:
         Seconds without running after which a job rises to the first queue.
     skip_join : bool
         Whether a job joins the queue that fits its prompt; otherwise the first.
+    spare : float
+        Share of the pages that is kept free by copying ahead of need; 0: pages are copied when they have run out.
     """
 
-    def __init__(self, costs: Costs, quantum: float = 0.0, alpha: float = 0.3, skip_join: bool = True) -> None:
-        self.costs, self.alpha, self.skip_join = costs, alpha, skip_join
+    def __init__(
+        self,
+        costs: Costs,
+        quantum: float = 0.0,
+        alpha: float = 0.3,
+        skip_join: bool = True,
+        spare: float = 0.1,
+    ) -> None:
+        self.costs, self.alpha, self.skip_join, self.spare = costs, alpha, skip_join, spare
         self.quantum = quantum or costs.seconds(1, 1)
 
     def decide(self, view: View) -> Step:
         """Run the highest queues; make room by expected next time."""
         standing = self.standings(view)
         order = sorted(view.jobs, key=lambda job: (standing[job.id].level, standing[job.id].entered, job.id))
+        waits: dict[int, float] = {}
         if len(order) > view.most_jobs:
             # Whoever is not about to run makes room by expected time; among those about to run, the last.
             waits = self.next_times(view, order, standing)
             order[view.most_jobs :] = sorted(order[view.most_jobs :], key=lambda job: (waits[job.id], job.id))
         step = fill(view, order)
+        leave, come = self.ahead(view, step, order) if waits and self.spare else ((), ())
         notes = Notes(view.now, frozenset(job for job, _ in step.run), tuple(standing.items()))
-        return Step(step.run, step.aside, step.back, notes)
+        return Step(step.run, step.aside, step.back, notes, leave, come)
+
+    def ahead(self, view: View, step: Step, order: Sequence[Job]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return whose pages are copied out, and whose back in, beside the computing of ``step``."""
+        run, named = dict(step.run), {*step.aside, *step.back}
+        held = {job.id: job.held for job in view.jobs if job.place == "resident"}
+        free, pages, leaving = view.available, view.available + sum(held.values()), 0
+        for job in order:
+            free += job.held * ((job.id in step.aside) - (job.id in step.back))
+            if job.id in run:
+                has = 0 if job.place == "waiting" else job.held
+                free -= max(0, -(-(job.computed + run[job.id]) // view.page) - has)
+            elif job.moving == "out" and job.id not in named:
+                leaving += job.held
+        wanted = int(self.spare * pages)
+        leave, come = list[int](), list[int]()
+        for job in reversed(order):  # expected to run last
+            if free + leaving >= wanted:
+                break
+            if job.place == "resident" and not job.moving and job.id not in run and job.id not in named:
+                leave.append(job.id)
+                leaving += job.held
+        for job in order[: 2 * view.most_jobs]:
+            if job.place == "aside" and job.id not in named and free - job.held >= 2 * wanted:  # not to go to and fro
+                come.append(job.id)
+                free -= job.held
+        return tuple(leave), tuple(come)
 
     def standings(self, view: View) -> dict[int, Standing]:
         """Bring every job's standing up to now."""
@@ -148,7 +187,11 @@ def imagined(costs: Costs, executor: Whole, limits: Limits, policy: Policy, trac
     """Predict what becomes of a trace."""
     clock = Clock()
     engine = Engine(
-        Imagined(costs, clock, executor.context, executor.position_bytes), limits=limits, policy=policy, clock=clock
+        Imagined(costs, clock, executor.context, executor.position_bytes),
+        limits=limits,
+        policy=policy,
+        clock=clock,
+        background=False,
     )
     return replay(engine, trace, clock.wait)[0]
 
@@ -158,32 +201,40 @@ def mean_completion(outcomes: Sequence[Outcome]) -> float:
     return fmean(outcome.done for outcome in outcomes)
 
 
-def claim(lab: Laboratory) -> Measured:
-    """At load 0.9 with heavy-tailed lengths, live, jobs are done in at most half the time of first come, first served.
-
-    The simulator must have foretold the live mean within 15 per cent.
-    """
-    executor = Whole(lab.open_base().model)
+def measure(executor: Whole, seed: int) -> dict[str, float]:
+    """Return mean completion times of one trace at load 0.9, in seconds: live and foretold, of both policies."""
     limits = Limits(jobs=2, tokens=64, share=False, memory=executor.position_bytes * 16 * 400)
     makers: dict[str, Callable[[Costs], Policy]] = {
         "fcfs": lambda costs: FirstComeFirstServed(),
         "fastserve": FastServe,
     }
     known = {name: profile(executor, limits, heavy_tailed(100, seed=5), make) for name, make in makers.items()}
-    trace = heavy_tailed(500, seed=2)
+    trace = heavy_tailed(500, seed=seed)
     trace = at_rate(trace, 0.9 / load_of(trace, known["fcfs"], limits.jobs))
-    live, foretold = {}, {}
+    found: dict[str, float] = {}
     for name, make in makers.items():
         policy, costs = make(known[name]), known[name]
-        foretold[name] = mean_completion(imagined(costs, executor, limits, policy, trace))
-        live[name] = mean_completion(replay(Engine(executor, limits=limits, policy=policy), trace)[0])
+        found[f"foretold_{name}"] = mean_completion(imagined(costs, executor, limits, policy, trace))
+        engine = Engine(executor, limits=limits, policy=policy)
+        found[f"live_{name}"] = mean_completion(replay(engine, trace)[0])
+        found[f"early_{name}"] = float(engine.counts.early)
     costs = known["fastserve"]
-    naive = mean_completion(imagined(costs, executor, limits, FastServe(costs, skip_join=False), trace))
-    ratio, error = live["fastserve"] / live["fcfs"], foretold["fastserve"] / live["fastserve"] - 1
+    found["naive"] = mean_completion(imagined(costs, executor, limits, FastServe(costs, skip_join=False), trace))
+    found["ratio"] = found["live_fastserve"] / found["live_fcfs"]
+    found["error"] = found["foretold_fastserve"] / found["live_fastserve"] - 1
+    return found
+
+
+def claim(lab: Laboratory) -> Measured:
+    """At load 0.9 with heavy-tailed lengths, live, jobs are done in at most half the time of first come, first served.
+
+    The simulator must have foretold the live mean within 15 per cent.
+    """
+    found = measure(Whole(lab.open_base().model), seed=2)
     return Measured(
-        f"mean completion {live['fastserve'] * 1e3:.0f} ms live against {live['fcfs'] * 1e3:.0f} first come, first "
-        f"served ({ratio:.2f}); the simulator foretold {foretold['fastserve'] * 1e3:.0f} ({error:+.0%}) and "
-        f"{foretold['fcfs'] * 1e3:.0f}; without skipping {naive * 1e3:.0f}",
-        ratio <= 0.5 and abs(error) <= 0.15,
-        {"ratio": ratio, "error": error, **{f"live_{name}": value for name, value in live.items()}},
+        f"mean completion {found['live_fastserve'] * 1e3:.0f} ms live against {found['live_fcfs'] * 1e3:.0f} first "
+        f"come, first served ({found['ratio']:.2f}); the simulator foretold {found['foretold_fastserve'] * 1e3:.0f} "
+        f"({found['error']:+.0%}) and {found['foretold_fcfs'] * 1e3:.0f}; without skipping {found['naive'] * 1e3:.0f}",
+        found["ratio"] <= 0.5 and abs(found["error"]) <= 0.15,
+        found,
     )

@@ -13,8 +13,8 @@ gradients come back over the same cuts, and the servers' weights stay as they ar
 Servers push states to each other and answer the client beside that, who keeps every input to survive a loss.
 
 Here: ``segments.client`` and ``segments.crossing`` (sessions, pushing and replay), ``decisions.routing``,
-``decisions.placement``, ``segments.training``,
-``engines.peers_zenoh``. With one server that holds all blocks and the codec ``raw`` it is plain decoding.
+``decisions.placement``, ``segments.training``, ``engines.peers_zenoh``. With one server that holds all blocks and the
+codec ``raw`` it is plain decoding.
 """
 
 from __future__ import annotations

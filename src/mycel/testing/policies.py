@@ -33,6 +33,10 @@ class _Watched:
         assert set(step.aside) <= {job.id for job in view.jobs if job.place == "resident"}, "only residents make room"
         assert set(step.back) <= {job.id for job in view.jobs if job.place == "aside"}, "only who is aside comes back"
         assert all(known[job].place != "aside" or job in step.back for job in run), "who is aside first comes back"
+        idle = {job.id for job in view.jobs if job.place == "resident" and not job.moving} - {*run, *step.aside}
+        assert set(step.leave) <= idle, "only idle residents are copied out ahead"
+        absent = {job.id for job in view.jobs if job.place == "aside"} - set(step.back)
+        assert set(step.come) <= absent, "only who stays aside is copied back ahead"
         assert 1 <= len(run) <= view.most_jobs, "a step runs somebody, and no more than the limit"
         assert all(1 <= tokens <= known[job].left for job, tokens in run.items()), "a job runs what it has left"
         assert sum(run.values()) <= view.most_tokens, "tokens stay within the iteration's limit"
@@ -58,7 +62,9 @@ def check_policy(make: Callable[[], Policy], seeds: int = 4) -> None:
 def _serve(policy: Policy, seed: int, pages: int) -> None:
     source, clock = np.random.default_rng(seed), Clock()
     limits = Limits(memory=64 * PAGE * pages, page=PAGE, tokens=16, jobs=3, share=False)
-    engine = Engine(Imagined(COSTS, clock, 1024, 64), limits=limits, policy=_Watched(policy), clock=clock)
+    engine = Engine(
+        Imagined(COSTS, clock, 1024, 64), limits=limits, policy=_Watched(policy), clock=clock, background=False
+    )
     ended: list[str | None] = []
 
     def listener(token: Token) -> None:
