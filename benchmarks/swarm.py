@@ -2,22 +2,32 @@
 
 A Llama of 55 M parameters with random weights, one thread per process, peers as real processes on loopback with mutual
 TLS. Each part is measured beside its baseline: ``python benchmarks/swarm.py --part pipeline --json``.
+
+``pipeline`` has two baselines: the same blocks in one process with the products that peers use, and with
+transformers' own. ``far`` delays every frame, between peers too. ``disk`` gives every process ``--room`` MiB beyond its
+libraries and links, which the kernel enforces: the whole model is shown not to fit, then streamed; the peers hold a
+quarter each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from common import arguments, proportional_bytes, show
+from common import arguments, show
 from mycel.cli.demo_swarm import loopback_swarm, present
+from mycel.generation.linear import quicken
 from mycel.models.cut import Cut
 from mycel.models.random_llama import write_llama
 from mycel.segments.client import SwarmModel, Turn
@@ -25,51 +35,64 @@ from mycel.segments.mesh import REDUCES, Pace
 from mycel.segments.session import Session
 from mycel.segments.window import Window
 from mycel.serve.tpi_llm import add_up
+from peer_under import hold_back, limit_memory
 
 PROMPT = list(range(100, 132))
 TOKENS = 48
 FAR = 0.02  # seconds one way
+UNDER = str(Path(__file__).parent / "peer_under.py")
 PARTS = ("pipeline", "far", "disk", "sums", "pause")
 SUMS = (("5 ms, one token", Pace(0.005), 512), ("20 MB/s, 512 tokens", Pace(1e-4, 20e6), 1 << 18))
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", part={"choices": PARTS, "default": "pipeline"})
+    parts = (*PARTS, "whole", "streamed")
+    chosen: dict[str, dict[str, Any]] = {
+        "part": {"choices": parts, "default": "pipeline"},
+        "room": {"type": int, "default": 200},
+    }
+    options = arguments(__doc__ or "", model={"default": ""}, **chosen)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    if options.model:
+        limited(options.part, Path(options.model), options.room)
+        return
     with tempfile.TemporaryDirectory(prefix="mycel-") as scratch:
         if options.part == "sums":
             rows = sums()
         else:
             folder = write_llama(Path(scratch) / "llama", 512, 12, 32000, num_key_value_heads=8)
-            rows = {"pipeline": pipeline, "far": far, "disk": disk, "pause": pause}[options.part](folder)
+            measured = {"pipeline": pipeline, "far": far, "disk": partial(disk, room=options.room), "pause": pause}
+            rows = measured[options.part](folder)
     show(f"swarm: {options.part}", rows, options.json)
 
 
 def pipeline(folder: Path) -> list[dict[str, Any]]:
-    """One process against two peers, batch 1; both twice, the better one counts."""
-    alone = max(_alone(folder) for _ in range(2))
+    """One process against two peers, batch 1; each several times, the best one counts."""
+    plain = max(_alone(folder, quick=False) for _ in range(2))
+    alone = max(_alone(folder, quick=True) for _ in range(3))
 
     async def over_peers() -> float:
         async with loopback_swarm(folder, 2) as (door, processes):
             await present(door, 2, processes)
             model = await SwarmModel.open(door, folder)
             try:
-                return max([await _decode(model, 1) for _ in range(3)])
+                return max([await _decode(model, 1) for _ in range(4)])
             finally:
                 await model.close()
 
     found = asyncio.run(over_peers())
-    return [_row("one process", alone, alone), _row("two peers on loopback", found, alone)]
+    rows = [("one process", alone), ("two peers on loopback", found), ("one process, transformers' products", plain)]
+    return [_row(name, speed, alone) for name, speed in rows]
 
 
 def far(folder: Path) -> list[dict[str, Any]]:
     """One request against eight at once, every frame 20 ms on its way."""
 
     async def measure() -> tuple[float, float]:
-        async with loopback_swarm(folder, 2) as (door, processes):
+        async with loopback_swarm(folder, 2, launch=(UNDER, str(FAR), "0")) as (door, processes):
             await present(door, 2, processes)
-            _hold_back(door)
+            hold_back(type(door), FAR)
             model = await SwarmModel.open(door, folder)
             try:
                 await _decode(model, 1, 8)
@@ -81,24 +104,40 @@ def far(folder: Path) -> list[dict[str, Any]]:
     return [_row("one request, 20 ms apart", one, one), _row("eight requests, 20 ms apart", eight, one)]
 
 
-def disk(folder: Path) -> list[dict[str, Any]]:
-    """Weights read from disk for every token, against four peers that hold a quarter each."""
-    streamed = _streamed(folder)
+def disk(folder: Path, room: int) -> list[dict[str, Any]]:
+    """Weights read from disk for every token, against four peers that hold a quarter each, under one limit."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    folder = folder.with_name("shards")  # a file is mapped as a whole, which the limit counts
+    model.save_pretrained(folder, max_shard_size="20MB")
+    del model
+    whole, streamed = _under_limit("whole", folder, room), _under_limit("streamed", folder, room)
 
-    async def measure() -> tuple[float, int]:
+    async def measure() -> float:
         quarters = ("0:3", "3:6", "6:9", "9:12")
-        async with loopback_swarm(folder, 4, quarters) as (door, processes):
+        async with loopback_swarm(folder, 4, quarters, launch=(UNDER, "0", str(room))) as (door, processes):
             await present(door, 4, processes)
             model = await SwarmModel.open(door, folder)
             try:
-                speed = max([await _decode(model, 1) for _ in range(2)])
-                return speed, max(proportional_bytes(process.pid) for process in processes.values())
+                return max([await _decode(model, 1) for _ in range(2)])
             finally:
                 await model.close()
 
-    speed, memory = asyncio.run(measure())
-    rows = [_row("weights from disk, 2 blocks in memory", streamed, streamed), _row("four peers", speed, streamed)]
-    return [{**row, "largest process MiB": size} for row, size in zip(rows, (0.0, memory / 2**20), strict=True)]
+    base = float(streamed)
+    rows = [_row("weights from disk, 2 blocks in memory", base, base), _row("four peers", asyncio.run(measure()), base)]
+    return [{**row, f"whole model in {room} MiB": whole} for row in rows]
+
+
+def _under_limit(what: str, folder: Path, room: int) -> str:
+    """Return what a process of its own says that has no more memory than a peer."""
+    command = [sys.executable, __file__, "--part", what, "--model", str(folder), "--room", str(room)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else "does not fit"
+
+
+def limited(what: str, folder: Path, room: int) -> None:
+    """Be that process."""
+    limit_memory(room)
+    print(_alone(folder, quick=True) if what == "whole" else _streamed(folder))
 
 
 def sums() -> list[dict[str, Any]]:
@@ -168,9 +207,11 @@ async def _decode(model: SwarmModel, count: int, tokens: int = TOKENS) -> float:
     return count * tokens / seconds
 
 
-def _alone(folder: Path) -> float:
-    """Return tokens a second of the same blocks in this process."""
+def _alone(folder: Path, quick: bool) -> float:
+    """Return tokens a second of the same blocks in this process, with the products that peers use or without."""
     cut = Cut.open(folder)
+    if quick:
+        quicken(cut.model, pack=False)
     cache = cut.new_cache()
     cut.head(cut.run(cut.embed(torch.tensor([PROMPT])), cache=cache)[:, -1:])
     ids = torch.tensor([[3]])
@@ -215,14 +256,6 @@ def _streamed(folder: Path) -> float:
         window.close()
         for file in files:
             os.close(file)
-
-
-def _hold_back(door: Any) -> None:
-    """Let every frame of the door take 20 ms each way."""
-    send, arrived, loop = door._send, door._arrived, asyncio.get_running_loop()
-    door._send = lambda peer, frame: loop.call_later(FAR, send, peer, frame)
-    door._took = lambda name, kind, frame: loop.call_later(FAR, arrived, frame)
-    door._arrived = lambda frame: loop.call_later(FAR, arrived, frame)
 
 
 def _row(name: str, speed: float, baseline: float) -> dict[str, Any]:

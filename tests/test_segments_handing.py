@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoders import decoder
+from mycel.engines.calls import Ticket
 from mycel.engines.peers_memory import MemoryPeers
 from mycel.errors import EngineError, ParcelError
 from mycel.segments.boundary import Boundary, Form
@@ -36,7 +37,12 @@ def test_a_step_takes_one_call_from_its_owner_however_many_peers_there_are(folde
             await made.model.step([Turn(session, PROMPTS[0])])
             asked: list[str] = []
             ask = made.model.peers.ask
-            made.model.peers.ask = lambda peer, *rest: (asked.append(peer), ask(peer, *rest))[1]  # type: ignore[method-assign]
+
+            def counted(peer: str, verb: str, frame: bytes) -> Ticket:
+                asked.append(peer)
+                return ask(peer, verb, frame)
+
+            made.model.peers.ask = counted  # type: ignore[method-assign]
             for _ in range(4):
                 await made.model.step([Turn(session, [5])])
             assert asked == ["peer-0"] * 4

@@ -96,7 +96,11 @@ async def _demonstrate(folder: Path, ids: list[int], messages: Console) -> dict[
 
 @asynccontextmanager
 async def loopback_swarm(
-    folder: Path, count: int, ranges: Sequence[str] = (), reach: str = "127.0.0.1:0", extra: Sequence[str] = ()
+    folder: Path,
+    count: int,
+    ranges: Sequence[str] = (),
+    reach: str = "127.0.0.1:0",
+    launch: Sequence[str] = ("-m", "mycel"),
 ) -> AsyncIterator[tuple[Any, dict[str, subprocess.Popen[bytes]]]]:
     """Start real peers on loopback around a door that is their meeting place; everything ends with the block.
 
@@ -110,8 +114,8 @@ async def loopback_swarm(
         Blocks of each, ``first:last``; by default halves of the model, in turn.
     reach : str
         Where peers listen; empty: outbound only, everything passes the door.
-    extra : sequence of str
-        Further arguments of each peer.
+    launch : sequence of str
+        What the interpreter is to run as ``mycel``.
     """
     import socket
 
@@ -131,8 +135,8 @@ async def loopback_swarm(
         try:
             for index in range(count):
                 blocks = ranges[index] if ranges else halves[index % 2]
-                command = [sys.executable, "-m", "mycel", "peer", "--join", str(swarm.folder), "--model", str(folder)]
-                options = ["--blocks", blocks, "--name", f"peer-{index}", "--threads", "1", "--listen", reach, *extra]
+                command = [sys.executable, *launch, "peer", "--join", str(swarm.folder), "--model", str(folder)]
+                options = ["--blocks", blocks, "--name", f"peer-{index}", "--threads", "1", "--listen", reach]
                 processes[f"peer-{index}"] = subprocess.Popen(
                     [*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
                 )
