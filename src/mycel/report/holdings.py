@@ -114,8 +114,9 @@ def load_plot(journal: Journal, start: float, end: float) -> Plot:
         frame.set_xlim(0, max(end - start, 1e-3) / divisor * 1.005)
         frame.set_xlabel(unit)
         frame.grid(axis="y", color=light("line"), linewidth=0.8)
+        frame.plot([], [], color=light("upload"), linewidth=2, label="pages held, % (right)")
         other = frame.twinx()
-        other.step(times, pages, where="post", color=light("upload"), linewidth=2, label="pages held, % (right)")
+        other.step(times, pages, where="post", color=light("upload"), linewidth=2)
         other.set_ylim(0, max(1.0, float(pages.max()) * 1.08))
         for side in ("top", "right", "left"):
             other.spines[side].set_visible(False)
@@ -130,6 +131,7 @@ def failures(journal: Journal, start: float) -> list[tuple[str, str, str, str]]:
     """Return what failed: when, what, how it was met, and the pause that readers saw."""
     rows = list[tuple[str, str, str, str]]()
     pauses = [event for event in journal.events if isinstance(event, Lost | Resumed)]
+    failed = {event.peer for event in journal.of(Lost)}
     for event in journal.events:
         at = seconds_text(max(0.0, event.at - start)) if event.at > start else "0 s"
         if isinstance(event, Lost):
@@ -139,6 +141,8 @@ def failures(journal: Journal, start: float) -> list[tuple[str, str, str, str]]:
             others = ", ".join(clean_name(peer) for peer in event.to)
             met = f"{others} took over; {counted(event.positions, 'position')} sent again"
             rows.append((at, what, met, "–" if pause is None else seconds_text(pause)))
+        elif isinstance(event, Gone) and event.peer not in failed:
+            rows.append((at, f"{clean_name(event.peer)} left", "no answer of this door was with it", "–"))
         elif isinstance(event, Failed):
             met = f"{counted(event.requests, 'request')} ended with status 503; the engine went on"
             rows.append((at, clean_name(event.why, 160), met, "–"))
