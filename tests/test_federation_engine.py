@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from mycel.data.parties import load_parties
 from mycel.engines.engine import Arrival, Engine
-from mycel.engines.flower.apps import client, server
+from mycel.engines.flower.apps import BESIDE, client, pack, server, unpack
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import LINE, Control, accept, listen, receive, send
 from mycel.engines.resident import PartyHost, Resident
@@ -99,10 +99,7 @@ class MemoryGrid(Grid):  # type: ignore[misc]
 
     def _deliver(self, number: str, message: Message) -> None:
         reply = client(message, self._contexts[message.metadata.dst_node_id])
-        sizes = [
-            sum(len(a.data) for r in m.content.array_records.values() for a in r.values()) for m in (message, reply)
-        ]
-        self.carried.append((sizes[0], sizes[1]))
+        self.carried.append((len(unpack(message.content)[1]), len(unpack(reply.content)[1])))
         self._replies[number] = reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -190,6 +187,14 @@ def test_long_frames_travel_in_pieces_and_short_ones_in_one_message(length: int)
         await engine.close()
 
     _run(program)
+
+
+@pytest.mark.parametrize("length", [0, 1, BESIDE, BESIDE + 1])
+def test_a_message_comes_out_of_flowers_records_as_it_went_in(length: int) -> None:
+    control, frame = {"verb": "ask", "offset": 0}, hashlib.shake_128(b"frame").digest(length)
+    content = pack(control, frame)
+    assert unpack(content) == (control, frame)
+    assert len(content) == (1 if length <= BESIDE else 2)
 
 
 def test_a_brief_that_comes_again_gets_the_same_answer() -> None:

@@ -38,7 +38,7 @@ class Post:
 
 def state_folder(kind: str, address: str) -> Path:
     """Return the folder of a coordinator or a party: below ``MYCEL_STATE``, or the user's folder for state."""
-    root = Path(os.environ.get("MYCEL_STATE") or user_state_dir("mycel"))
+    root = Path(os.environ.get("MYCEL_STATE") or user_state_dir("mycel")).absolute()
     folder = root / kind / address.replace(":", "_").replace("/", "_")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

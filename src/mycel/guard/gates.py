@@ -25,8 +25,8 @@ from cryptography import x509
 
 from mycel.engines.flower.engine import PART
 from mycel.guard.keys import in_date, spki
-from mycel.wire.http import Head, Reply
-from mycel.wire.relay import Caller, Door, Policy
+from mycel.wire.http import Caller, Head, Reply
+from mycel.wire.relay import Door, Policy
 
 FLEET = "/v1/fleet/"
 OPERATING = "/mycel/"
@@ -189,13 +189,16 @@ class CoordinatorGate(Policy):
         if head.path == POLL and answered:
             traffic.since, purpose = 0, "protocol"
             traffic.stored.clear()
-        first = caller.seen == (0, 0)
+        # What the kernel has not sent yet shows at the next request, so bodies are counted by their lengths, and what
+        # it counts beyond them - heads, the framing of TLS, a connection's handshake - by itself.
+        first, beyond = caller.seen == (0, 0), "polling" if purpose == "polling" else "protocol"
         for counts, crossed, body in zip(
             (traffic.received, traffic.sent), caller.traffic(), (head.length, answered), strict=True
         ):
-            shaking = max(crossed - body, 0) if first else 0  # what a first message's body does not account for
+            shaking = max(crossed - body, 0) if first else 0
+            counts[purpose] += body
             counts["handshakes"] += shaking
-            counts[purpose] += crossed - shaking
+            counts[beyond] += crossed - body - shaking
 
 
 class OpenGate(Policy):

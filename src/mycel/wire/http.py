@@ -1,15 +1,17 @@
-"""HTTP/1.1 as a relay speaks it: one end of a connection, the heads of requests, and whole answers."""
+"""HTTP/1.1 as a relay speaks it: who calls, one end of a connection, the heads of requests, and whole answers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import h11
 
 CHUNK = 1 << 18  # bytes that are read at once
+SENT, RECEIVED = 200, 128  # where the kernel's tcp_info keeps bytes sent and received
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ class Reply:
     status: int
     headers: Any
     body: bytes
+
+
+@dataclass(eq=False)
+class Caller:
+    """Whoever opened a connection: who its certificate says it is, and what the kernel counted on its socket."""
+
+    certificate: bytes
+    socket: Any
+    gone: Callable[[], bool]
+    seen: tuple[int, int] = (0, 0)
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes received and sent since the last look, as the kernel counts them."""
+        try:
+            info = self.socket.getsockopt(6, 11, 232)  # IPPROTO_TCP, TCP_INFO
+            now = struct.unpack_from("<Q", info, RECEIVED)[0], struct.unpack_from("<Q", info, SENT)[0]
+        except (OSError, struct.error):
+            return 0, 0
+        before, self.seen = self.seen, now
+        return now[0] - before[0], now[1] - before[1]
 
 
 @dataclass

@@ -11,42 +11,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import h11
 
-from mycel.wire.http import CHUNK, Head, Reply, Side, head_of, towards
+from mycel.wire.http import CHUNK, Caller, Head, Reply, Side, head_of, towards
 
 LOOKED_INTO = 1 << 22  # bytes of a body that a policy looks into, at most
 HELD = 15.0  # seconds that an empty answer is held back; Flower's clients give up after 30
 SHARE, SOONEST, LATEST = 0.05, 0.05, 1.0  # a held poll is repeated after this share of its age, within these seconds
 LOOK = 0.5  # seconds between looks whether a caller that waits for an answer is still there
-SENT, RECEIVED = 200, 128  # where the kernel's tcp_info keeps bytes sent and received
-
-
-@dataclass(eq=False)
-class Caller:
-    """Whoever opened a connection: who its certificate says it is, and what the kernel counted on its socket."""
-
-    certificate: bytes
-    socket: Any
-    gone: Callable[[], bool]
-    seen: tuple[int, int] = (0, 0)
-
-    def traffic(self) -> tuple[int, int]:
-        """Return the bytes received and sent since the last look, as the kernel counts them."""
-        try:
-            info = self.socket.getsockopt(6, 11, 232)  # IPPROTO_TCP, TCP_INFO
-            now = struct.unpack_from("<Q", info, RECEIVED)[0], struct.unpack_from("<Q", info, SENT)[0]
-        except (OSError, struct.error):
-            return 0, 0
-        before, self.seen = self.seen, now
-        return now[0] - before[0], now[1] - before[1]
 
 
 Door = Callable[[str, bytes, Side], Awaitable[None]]  # given the path, the body, and the connection, which is its own

@@ -1,7 +1,8 @@
 """What Flower runs: a ServerApp and a ClientApp that pass messages on, and neither decide nor keep anything.
 
-A message holds a line of JSON and at most one array of bytes. Both apps learn where their owner listens from their own
-side: the ServerApp from its environment, the ClientApp from its node's configuration, never from a message.
+A message holds a line of JSON and bytes: short ones beside it, since each of Flower's records costs requests, long ones
+as an array. The ServerApp learns where its owner listens from its environment, the ClientApp from its node's
+configuration, never from a message.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mycel.engines.line import LINE, Control, dial, receive, send
 
 PATIENT = 0.05  # share of the time waited so far that may pass before asking the SuperLink again
 SOONEST, LATEST = 0.05, 1.0  # seconds between two such questions
+BESIDE = 1 << 20  # bytes that travel in the record of the JSON
 UNREACHABLE = 5  # Flower's code for a node that sends no heartbeats
 
 client, server = ClientApp(), ServerApp()
@@ -28,17 +30,20 @@ client, server = ClientApp(), ServerApp()
 
 def pack(control: Control, frame: bytes) -> RecordDict:
     """Lay a message out as Flower's records."""
-    records: dict[str, Any] = {"control": ConfigRecord({"json": json.dumps(control)})}
-    if frame:
-        records["frame"] = ArrayRecord({"bytes": Array("uint8", (len(frame),), "bytes", frame)})
+    text = json.dumps(control)
+    if len(frame) <= BESIDE:
+        return RecordDict({"control": ConfigRecord({"json": text, "frame": frame})})
+    records: dict[str, Any] = {"control": ConfigRecord({"json": text})}
+    records["frame"] = ArrayRecord({"bytes": Array("uint8", (len(frame),), "bytes", frame)})
     return RecordDict(records)
 
 
 def unpack(content: RecordDict) -> tuple[Control, bytes]:
     """Inverse of ``pack``."""
-    control = json.loads(str(content.config_records["control"]["json"]))
-    frame = content.array_records["frame"]["bytes"].data if "frame" in content.array_records else b""
-    return control, frame
+    record = content.config_records["control"]
+    beside = record.get("frame")
+    frame = beside if isinstance(beside, bytes) else content.array_records["frame"]["bytes"].data
+    return json.loads(str(record["json"])), frame
 
 
 @client.query()

@@ -87,10 +87,9 @@ class FlowerEngine:
         return self._tags
 
     async def question(self, address: int | None, control: Control) -> tuple[Control, bytes]:
-        """Ask something outside of the rounds: the party at ``address``, or the ServerApp itself.
+        """Ask the party at ``address``, or the ServerApp itself, something outside of the rounds.
 
-        Nothing is known yet of how long an answer takes, so a question that was lost is found out by asking again,
-        after twice as long each time; nobody is given up.
+        It is asked again, later each time, for it may have been lost; nobody is given up.
         """
         future: asyncio.Future[tuple[Control, bytes]] = self._loop.create_future()
         pause = AGAIN
@@ -123,10 +122,9 @@ class FlowerEngine:
         return self.part if total <= self.part else self.piece
 
     def _speak(self, errand: Errand, control: Control, part: bytes = b"") -> None:
-        about = {"node": errand.request.node, "generation": errand.request.generation}
-        about |= {"size": self.part, "piece": self.piece}
-        tag = self._send(self.addresses[errand.request.node], {**control, **about}, part)
-        self._errands[tag] = errand
+        request = errand.request
+        about = {"node": request.node, "generation": request.generation, "size": self.part, "piece": self.piece}
+        self._errands[self._send(self.addresses[request.node], {**control, **about}, part)] = errand
 
     def _listen(self) -> None:
         with suppress(RuntimeError):  # the loop has ended
@@ -171,13 +169,9 @@ class FlowerEngine:
         """Add a part of an answer to what has come, and ask for the next until all is there."""
         total = said.get("total")
         if type(total) is not int or not 0 <= total <= self.most:
-            self._arrive(
-                errand, refusal=f"its answer claims {str(total)[:40]} bytes; at most {self.most:,} are accepted"
-            )
+            self._arrive(errand, refusal=f"its answer claims {total!s:.40} bytes; at most {self.most:,} are accepted")
         elif len(frame) != min(self._length(total), total - errand.come.length):
-            self._arrive(
-                errand, refusal=f"a part of its answer has {len(frame):,} bytes, which is not what was asked for"
-            )
+            self._arrive(errand, refusal=f"a part of its answer has {len(frame):,} bytes: other than was asked for")
         else:
             errand.come.add(frame)
             if errand.come.length < total:

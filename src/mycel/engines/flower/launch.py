@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,18 +76,13 @@ def superlink(home: Path, port: int, files: Certificates | None, line: Path) -> 
     else:
         command += ["--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)]
         command += ["--ssl-ca-certfile", str(files.authority), "--enable-supernode-auth"]
-    _configure(home, port, files)
-    return start(command, environment(home, line), home / "superlink.log")
-
-
-def _configure(home: Path, port: int, files: Certificates | None) -> None:
-    """Write where Flower's own commands find the SuperLink, and the app that it is to run."""
     trust = f'root-certificates = "{files.authority}"' if files else "insecure = true"
     (home / "flwr").mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "{SUPERLINK}"\n\n[superlink.{SUPERLINK}]\naddress = "{LOOPBACK}:{port}"\n{trust}\n'
     )
     write_app(home)
+    return start(command, environment(home, line), home / "superlink.log")
 
 
 def write_app(home: Path) -> None:
@@ -108,24 +104,23 @@ def supernode(
     return start(command, environment(home), home / "supernode.log")
 
 
+def _flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command, silent = ["flwr", *arguments], subprocess.DEVNULL
+    return subprocess.run(command, cwd=home, env=environment(home), stdin=silent, capture_output=True, text=True)
+
+
+def _failure(done: subprocess.CompletedProcess[str]) -> EngineError:
+    words = (done.stdout + done.stderr).strip()[-500:]
+    return EngineError(f"Flower's command `{' '.join(done.args[:3])}` failed: {words}")
+
+
 def flwr(home: Path, *arguments: str) -> dict[str, object]:
     """Run one of Flower's own commands and return what it says."""
-    done = subprocess.run(
-        ["flwr", *arguments, "--format", "json"],
-        env=environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    start = done.stdout.find("{")
-    try:
-        said: dict[str, object] = json.loads(done.stdout[start:]) if start >= 0 else {}
-    except ValueError:
-        said = {}
+    done, said = _flwr(home, *arguments, "--format", "json"), dict[str, object]()
+    with suppress(ValueError):
+        said = json.loads(done.stdout[max(done.stdout.find("{"), 0) :])
     if done.returncode or not said.get("success"):
-        words = (done.stdout + done.stderr).strip()[-500:]
-        raise EngineError(f"Flower's command `flwr {' '.join(arguments[:2])}` failed: {words}")
+        raise _failure(done)
     return said
 
 
@@ -156,16 +151,8 @@ def bundle(home: Path) -> bytes:
     write_app(home)
     for old in home.glob("*.fab"):
         old.unlink()
-    done = subprocess.run(
-        ["flwr", "build", "--app", str(home / "app")],
-        cwd=home,
-        env=environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _flwr(home, "build", "--app", str(home / "app"))
     made = list(home.glob("*.fab"))
     if len(made) != 1:
-        raise EngineError(f"Flower's command `flwr build` failed: {(done.stdout + done.stderr).strip()[-500:]}")
+        raise _failure(done)
     return made[0].read_bytes()
