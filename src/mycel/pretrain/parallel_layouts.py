@@ -31,7 +31,9 @@ from mycel.recipe.schema import Layout
 from mycel.rounds.laboratory import Laboratory, Measured
 
 RANK = Path(__file__).with_name("layout_rank.py")
-HERE = Coefficients(operation=2e-4, call=3e-4, activation=1.0, cores=os.cpu_count() or 1, update=3e-9)
+# What `benchmarks/planner.py` fitted to ranks of one machine; what other machines are like, `mycel fleet probe` says.
+SPEED = 75.0
+HERE = Coefficients(call=2.1e-3, cores=os.cpu_count() or 1, update=1.9e-8, copy=4e-9, contention=0.55, reference=SPEED)
 LARGE = ((4096, 32, 2048), (5120, 40, 2048), (5120, 40, 8192), (6656, 60, 2048))  # width, blocks, tokens of a row
 ACCELERATOR = Device("accelerator", 1.5e5, 80, link=Link(8e5, 8e5, 0.005))
 
@@ -63,7 +65,7 @@ def foretold(layout: Layout, ranks: int) -> Predicted:
     shape = config()
     work = Work(graph_of(shape, LENGTH), ROWS)
     split = [shape.num_hidden_layers // layout.pipeline] * layout.pipeline
-    return predict(work, layout, split, [Device("rank", 25.0, link=Link(8e3, 8e3, 0.0))] * ranks, HERE)
+    return predict(work, layout, split, [Device("rank", SPEED, link=Link(1e9, 1e9, 0.0))] * ranks, HERE)
 
 
 def ranked_alike(left: Sequence[float], right: Sequence[float]) -> float:
