@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from itertools import combinations
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,16 +26,50 @@ from mycel.decisions.templates import Covering, Nodes, covers, divided, template
 from mycel.errors import EngineError, ParcelError, RecipeError, RunError
 from mycel.pretrain.bamboo import Bamboo
 from mycel.pretrain.drill import Outcome, drilled
-from mycel.pretrain.drill_rank import Drill
+from mycel.pretrain.drill_rank import TRAINING, Drill, model_of, rows_of
 from mycel.pretrain.oobleck import Oobleck, filled
+from mycel.recipe.schema import Layout
+from mycel.rounds.training import make_optimizer
+from mycel.run.enduring import check_enduring
 from mycel.testing.decisions import check_decision
+from small_runs import environment, mycel
 
+SHORT = (
+    "rounds.count=60",
+    "data.examples=24",
+    "data.held_out=4",
+    "data.max_length=32",
+    "training.batch_size=4",
+    "layout.data=1",
+    "layout.checkpoint_every=3",
+)
 SMALL = {"steps": 4, "shape": (4, 16, 4, 8)}
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> Outcome:
     return drilled(Drill("gemini", **SMALL))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_undisturbed_training_in_units_is_that_of_one_process(undisturbed: Outcome) -> None:
+    drill = Drill("gemini", **SMALL)  # type: ignore[arg-type]
+    model = model_of(drill)
+    weights = dict(model.named_parameters())
+    optimizer = make_optimizer(weights, TRAINING)
+    for step in range(drill.steps):
+        rows = rows_of(drill, step)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            model(input_ids=rows).logits[:, :-1].reshape(-1, 64), rows[:, 1:].reshape(-1)
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights.values(), TRAINING.clip_norm)
+        optimizer.step()
+        assert undisturbed.losses[step] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, weight in weights.items():
+        found = undisturbed.weights[f"weight.{name}"]
+        assert float((found - weight.detach()).norm() / weight.detach().norm()) < 1e-4
 
 
 @pytest.mark.slow
@@ -199,3 +240,30 @@ def test_a_copy_in_memory_that_is_no_parcel_is_refused(content: bytes) -> None:
     copies._versions[1] = [content]
     with pytest.raises(ParcelError):
         copies.versions()
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_from_outside_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    words = ["run", "island", *SHORT, "--nproc", "2", "layout.recovery=bamboo"]
+    mycel(*words, "--out", "whole", folder=tmp_path)
+    command = [sys.executable, "-m", "mycel", *words, "--out", "torn"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as running:
+        try:
+            while not list((tmp_path / "torn/work").glob("units/*")):
+                assert running.poll() is None
+                time.sleep(0.01)
+            ranks = [each for each in psutil.Process(running.pid).children(recursive=True) if not each.children()]
+            os.kill(max(each.pid for each in ranks), signal.SIGKILL)
+            assert running.wait(100) == 0
+        finally:
+            running.kill()
+    whole, torn = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "torn"))
+    assert torn["curve"]["losses"] == pytest.approx(whole["curve"]["losses"], rel=1e-6)
+    assert torn["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-6)
+    assert len(torn["stayed"]) == 1
+    assert len(torn["recoveries"]) == 1
+
+
+def test_a_layout_that_cannot_be_moved_between_ranks_is_refused() -> None:
+    with pytest.raises(RecipeError, match="moves whole blocks between ranks: leave it at 1"):
+        check_enduring(Layout(tensor=2, recovery="gemini"))

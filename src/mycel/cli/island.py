@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from mycel.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from mycel.recipe.schema import Recipe
 
 
 def island_command(name: str, overrides: list[str], out: Path | None, resume: bool, as_json: bool, ranks: int) -> None:
@@ -21,17 +25,30 @@ def island_command(name: str, overrides: list[str], out: Path | None, resume: bo
 
     if not under_torchrun():
         check_island(recipe, ranks)
+        if recipe.layout.recovery != "restart":
+            from mycel.run.enduring import run_enduring
+
+            _show(recipe, run_enduring(recipe, folder, resume), folder, as_json)
+            return
         words = ["run", name, *overrides, "--out", str(folder), *(["--json"] * as_json)]
         raise typer.Exit(launch(recipe, words, ranks, folder, resume))
     result = run_island(recipe, folder, resume)
-    if result is None:
-        return
+    if result is not None:
+        _show(recipe, result, folder, as_json)
+
+
+def _show(recipe: Recipe, result: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
         return
     losses, console = result["final"]["mixture"], Console()
+    told = f"{len(result['recoveries'])} deaths survived"
+    if "step_seconds" in result:
+        sent = f"{result['bytes']['up'] / 1e6:.1f} MB sent by rank 0"
+        foretold = result.get("predicted", {}).get("step_seconds")
+        said = f" (foretold for the fleet {recipe.fleet.devices}: {foretold:.3f})" if foretold else ""
+        told = f"median step {result['step_seconds'] or 0:.3f} s{said}, {sent}"
     console.print(
         f"{result['ranks']} ranks: held-out loss from {losses['base']:.3f} to {losses['federated']:.3f} in "
-        f"{recipe.rounds.count} steps; median step {result['step_seconds'] or 0:.3f} s, "
-        f"{result['bytes']['up'] / 1e6:.1f} MB sent by rank 0\nrun folder  {folder}\nmodel       {folder / 'model'}"
+        f"{recipe.rounds.count} steps; {told}\nrun folder  {folder}\nmodel       {folder / 'model'}"
     )

@@ -70,11 +70,6 @@ class Enduring:
         self._ready: tuple[float, float] | None = None
         self._exchange: Exchange | None = None
 
-    @property
-    def spared(self) -> int:
-        """Forward passes that torn steps did not have to repeat."""
-        return self._passage.spared
-
     def train(self, steps: int) -> Diary:
         """Train to version ``steps``; ``EngineError`` when those that are left cannot go on."""
         while True:
@@ -87,6 +82,20 @@ class Enduring:
                 return self.diary
             else:  # somebody died at the very end, and may need what is here
                 self._torn()
+
+    def report(self, steps: int) -> Parcel:
+        """Train to version ``steps`` and say what came of it, with this rank's weights."""
+        diary = self.train(steps)
+        states = [held.state() for held in self.units.values()]
+        weights = {name: value for state in states for name, value in state.items() if name.startswith("weight.")}
+        header = {
+            "losses": {str(step): loss for step, loss in diary.losses.items()},
+            "reached": diary.reached,
+            "recoveries": diary.recoveries,
+            "spared": self._passage.spared,
+            "sent": self.copies.sent,
+        }
+        return Parcel("report", header, weights)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         torn = False

@@ -40,7 +40,7 @@ def state_of(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
 
 
 def prime(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimiser that has made no step the empty memory of one that has, for a checkpoint to fill."""
+    """Give an optimiser that has made no step its memory, empty: its first step will be as if it had none."""
     kept = [group["lr"] for group in optimizer.param_groups]
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     for weight in weights.values():
@@ -50,6 +50,9 @@ def prime(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(before[name])
+            for value in optimizer.state[weight].values():
+                if isinstance(value, Tensor):
+                    value.zero_()
     for group, rate in zip(optimizer.param_groups, kept, strict=True):
         group["lr"] = rate
 

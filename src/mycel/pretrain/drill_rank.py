@@ -27,6 +27,7 @@ from mycel.pretrain.oobleck import Oobleck
 from mycel.recipe.schema import Training
 from mycel.wire.parcel import Parcel
 
+TRAINING = Training(learning_rate=1e-2)
 Death = tuple[int, int, str, int]
 
 
@@ -102,37 +103,25 @@ def _trained(job: dict[str, Any]) -> Parcel:
     told = job["drill"]
     drill = Drill(**{**told, "deaths": tuple(map(tuple, told["deaths"])), "shape": tuple(told["shape"])})
     deaths = [death for death in job["deaths"] if death[1] == job["member"]]
-    training = Training(batch_size=drill.shape[2], learning_rate=1e-2)
-    chain = Chain(model_of(drill), training)
+    chain = Chain(model_of(drill), TRAINING)
     line = Line(job["port"], job["member"], epoch=job["epoch"] - 1)
     enduring = Enduring(
         line,
         chain,
         drill.recovery(),
-        lambda step: _rows(drill, step),
-        lambda step: training.learning_rate,
+        lambda step: rows_of(drill, step),
+        lambda step: TRAINING.learning_rate,
         drill.pieces,
         disk=DiskCopies(Path(job["folder"]), chain.count) if drill.save_every else None,
         copy_every=1 if drill.system == "gemini" else 0,
         save_every=drill.save_every,
     )
     enduring.note = _fate(enduring, deaths, drill.work)
-    diary = enduring.train(drill.steps)
-    states = {unit: held.state() for unit, held in enduring.units.items()}
-    weights = {
-        name: tensor for state in states.values() for name, tensor in state.items() if name.startswith("weight.")
-    }
-    header = {
-        "losses": {str(step): loss for step, loss in diary.losses.items()},
-        "reached": diary.reached,
-        "recoveries": diary.recoveries,
-        "spared": enduring.spared,
-        "sent": enduring.copies.sent,
-    }
-    return Parcel("report", header, weights)
+    return enduring.report(drill.steps)
 
 
-def _rows(drill: Drill, step: int) -> Tensor:
+def rows_of(drill: Drill, step: int) -> Tensor:
+    """Return the batch (B, T) of a step."""
     _, _, rows, length = drill.shape
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1000 * drill.seed + step))
 

@@ -144,6 +144,9 @@ class Layout(Section):
     tensor: Positive = Field(1, description="ranks that divide every matrix")
     pipeline: Positive = Field(1, description="ranks that hold consecutive blocks")
     sequence: Positive = Field(1, description="ranks that divide every row's tokens")
+    attention: Literal["gathered", "balanced"] = Field(
+        "gathered", description="over a row's ranks: each gathers all keys, or they share out the work evenly"
+    )
     micro_batches: Positive = Field(1, description="pieces of a data rank's rows, one after another")
     schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zero_bubble", "zbv"] = Field(
         "gpipe", description="order of a pipeline's micro-batches"
@@ -160,6 +163,9 @@ class Layout(Section):
     offload_optimizer: bool = Field(False, description="the optimiser's memory lies in a file")
     codec: str = Field("", description="codec of the gradients that data ranks exchange; empty: none")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: at the end")
+    recovery: Literal["restart", "bamboo", "oobleck", "gemini"] = Field(
+        "restart", description="when a rank dies: begin again from the disk, or go on in the processes that are left"
+    )
 
 
 class Engine(Section):

@@ -27,6 +27,7 @@ from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import seed_of
 from mycel.rounds.registry import load_system
 from mycel.run.folder import RunFolder, write_json
+from mycel.run.foretelling import foretold
 from mycel.run.log import EventLog
 
 TRAINED = ("synchronous",)  # systems whose steps the ranks of one island can take
@@ -57,10 +58,10 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         base = open_base(find_base(recipe.model.base))
         if ranks.first:
             stack.enter_context(folder.held(recipe, resume))
-            _write_tokens(recipe, base, folder)
+            write_tokens(recipe, base, folder)
         dist.barrier()
         store = TokenStore.open(folder.tokens)
-        program = Program(recipe, ranks, base, _start(recipe, base), load_system(recipe).rate)  # type: ignore[attr-defined]
+        program = Program(recipe, ranks, base, start_weights(recipe, base), load_system(recipe).rate)  # type: ignore[attr-defined]
         log = EventLog(folder.events) if ranks.first else None
         earlier = _losses(folder.events) if ranks.first else {}
         saves = Checkpoints(checkpoint_folder(out), recipe.sha256())
@@ -82,8 +83,10 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         result = _result(recipe, ranks, store, course, (before, after), time.monotonic() - started)
         if recipe.data.cleaning:
             result["cleaning"] = json.loads(folder.cleaning.read_text(encoding="utf-8"))
+        if recipe.layout.chunks == 1:
+            result["predicted"] = foretold(recipe, base.model.config)
         result["curve"]["before"] = [earlier.get(step) for step in range(course.first)]
-        _save(base, weights, folder)
+        save_weights(base, weights, folder)
         write_json(folder.result, result)
         return result
 
@@ -94,7 +97,8 @@ def _losses(events: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in entries if entry["event"] == "step"}
 
 
-def _start(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
+def start_weights(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
+    """Weights that a run begins from: drawn anew, or the base's."""
     from mycel.pretrain.weights import fresh_weights
 
     if recipe.knobs.get("fresh", True):
@@ -102,7 +106,8 @@ def _start(recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in base.model.named_parameters()}
 
 
-def _write_tokens(recipe: Recipe, base: Base, folder: RunFolder) -> None:
+def write_tokens(recipe: Recipe, base: Base, folder: RunFolder) -> None:
+    """Tokenise the recipe's text into the run folder, once."""
     if not folder.tokens.exists():
         parties = load_parties(recipe.data, recipe.seed)
         if recipe.data.cleaning:
@@ -112,7 +117,8 @@ def _write_tokens(recipe: Recipe, base: Base, folder: RunFolder) -> None:
         temporary.replace(folder.tokens)
 
 
-def _save(base: Base, weights: dict[str, torch.Tensor], folder: RunFolder) -> None:
+def save_weights(base: Base, weights: dict[str, torch.Tensor], folder: RunFolder) -> None:
+    """Put whole weights into the base and write it as the run's model."""
     sites = weight_sites(base.model)
     with torch.no_grad():
         for name, tensor in weights.items():
