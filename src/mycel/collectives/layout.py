@@ -68,12 +68,31 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
             f"{config.num_hidden_layers} blocks: try fewer ranks or layout.chunks"
         )
     _check_schedule(layout)
+    _check_codec(layout)
     rows = batch_size // layout.data
     if rows % layout.micro_batches:
         raise RecipeError(
             f"layout.micro_batches is {layout.micro_batches}, which does not divide the {rows} rows that a data rank "
             "has of a step: try 1"
         )
+
+
+def _check_codec(layout: Layout) -> None:
+    """Refuse codecs where no gradients cross between replicas, or where a rank holds only pieces of them."""
+    if not layout.codec:
+        return
+    from mycel.wire.codecs import parse_codec
+
+    try:
+        parse_codec(layout.codec)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("wire.codec", "layout.codec")) from error
+    if layout.tensor > 1:
+        raise RecipeError(
+            f"layout.tensor is {layout.tensor}, and layout.codec encodes whole gradients: set layout.tensor = 1"
+        )
+    if layout.data * layout.sequence == 1:
+        raise RecipeError("layout.codec is set, and one rank sees every row: set layout.data above 1, or no codec")
 
 
 def _check_schedule(layout: Layout) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mycel.decisions.cost import Work
+from mycel.decisions.cost import Coefficients, Work
 from mycel.decisions.graph import graph_of
 from mycel.decisions.planner import Placement, Plans, Task, left_out
 from mycel.fleet import load_fleet
@@ -49,7 +49,8 @@ def plan_island(recipe: Recipe, objective: str = "seconds") -> IslandPlan:
     """Plan the layout of an island's recipe over its fleet; nothing is trained and no data is read."""
     config = _config(recipe.model.base)
     work = Work(graph_of(config, recipe.data.max_length), recipe.training.batch_size)
-    task = Task(work, config, load_fleet(recipe.fleet.devices).devices, objective=objective)
+    fleet = load_fleet(recipe.fleet.devices)
+    task = Task(work, config, fleet.devices, Coefficients(**fleet.calibration), objective=objective)
     plans = Plans().ranked(task)
     return IslandPlan(recipe.rounds.count, plans, left_out(task, plans[0]))
 
