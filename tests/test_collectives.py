@@ -48,6 +48,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another_with_the_same_losses(tmp_
     whole = ("layout.data=2", "layout.pipeline=1", "layout.micro_batches=1", "layout.checkpoint_every=2")
     mycel("run", "island", *SHORT, *whole, "--nproc", "2", "--out", "whole", "--json", folder=tmp_path)
     undisturbed = json.loads((tmp_path / "whole/result.json").read_text(encoding="utf-8"))
+    assert undisturbed["predicted"]["step_seconds"] > 0
     # What a kill after the second step leaves behind.
     (tmp_path / "whole").rename(tmp_path / "cut")
     last = tmp_path / "cut/work/island/step-00000004"
