@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
@@ -38,14 +37,14 @@ class Shelved:
 class OneByOne(Mapping[str, Tensor]):
     """Named tensors, each read and decoded when it is asked for; nothing else of the file is in memory, or mapped."""
 
-    path: Path
+    frame: Kept
     envelope: dict[str, Any]
     owners: dict[str, list[str]]
 
     def __getitem__(self, name: str) -> Tensor:
         parts = self.owners[name]
         try:
-            with safe_open(self.path, "pt") as file:  # opened anew: what was mapped before is let go
+            with safe_open(self.frame.path, "pt") as file:  # opened anew: what was mapped before is let go
                 return decode_one(name, {part: file.get_tensor(part) for part in parts}, self.envelope)
         except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
             raise ParcelError(f"tensor {name!r} of the frame is damaged: {error}; ask for it again") from error
@@ -80,12 +79,11 @@ class Renamed(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Waiting:
-    """A parcel whose tensors stay in a file; the frame is kept as long as this is."""
+    """A parcel whose tensors stay in a file, which is kept as long as they are."""
 
     kind: str
     header: dict[str, Any]
     tensors: OneByOne
-    frame: Kept = field(repr=False)
 
     @classmethod
     def of(cls, frame: Kept, limits: Limits) -> Waiting:
@@ -99,4 +97,4 @@ class Waiting:
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ParcelError(f"the frame's tensors are damaged: {error}; ask for it again") from error
         owners = dict(sorted(sort_parts(names, envelope, limits).items()))
-        return cls(envelope["kind"], envelope.get("header", {}), OneByOne(frame.path, envelope, owners), frame)
+        return cls(envelope["kind"], envelope.get("header", {}), OneByOne(frame, envelope, owners))
