@@ -45,7 +45,7 @@ class Journal:
     def note(self, prompt: int, spans: Spans, whole: bool) -> None:
         """Write one request: moments in seconds, tokens of prompt and answer, whether the client stayed."""
         arrived = spans.arrived
-        line = {
+        line: dict[str, object] = {
             "arrived": round(arrived + self._offset, 6),
             "first": round(spans.first - arrived, 6) if spans.first else None,
             "last": round(spans.last - arrived, 6) if spans.last else None,

@@ -192,11 +192,11 @@ class Spans:
     def shares(self) -> dict[str, float]:
         """Return the seconds of each part of the way; together they are all of it, from arrival to the last byte."""
         if not self.made_last or not self.begun:  # an engine of others does not tell
-            moments = (self.arrived, self.parsed, self.tokenised, self.submitted, self.last, self.sent)
+            moments = [self.arrived, self.parsed, self.tokenised, self.submitted, self.last, self.sent]
             names: tuple[str, ...] = ("parse", "tokenise", "enter", "generate", "send")
         else:
-            moments = (self.arrived, self.parsed, self.tokenised, self.submitted, self.begun)
-            moments = (*moments, self.made_first, self.made_last, self.sent)
+            moments = [self.arrived, self.parsed, self.tokenised, self.submitted, self.begun]
+            moments += [self.made_first, self.made_last, self.sent]
             names = ("parse", "tokenise", "enter", "queue", "prefill", "decode", "send")
         if not all(moments):
             return {}

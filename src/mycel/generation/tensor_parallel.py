@@ -21,7 +21,7 @@ from mycel.generation.attention import NAME, Paged, Span, register
 from mycel.generation.executor import ANY_MASK, Piece
 from mycel.generation.memory import Memory, Shape
 from mycel.segments.mesh import Mesh
-from mycel.segments.ranks import COMMAND, END, MOST_TOKENS, Group, Master, Rank, Worker, ranks
+from mycel.segments.ranks import COMMAND, END, MOST_TOKENS, Group, Master, Rank, Worker, ranks_of
 
 PAGES, BATCH, OUT, IN = range(10, 14)
 MOST_PAGES = 1 << 24
@@ -233,7 +233,7 @@ class TensorParallel:
 
     def _started(self) -> PagedMaster:
         if self._master is None:
-            self._master = self._stack.enter_context(ranks(self.group, PagedMaster, PagedWorker))
+            self._master = self._stack.enter_context(ranks_of(self.group, PagedMaster, PagedWorker))
             if self._room[0]:
                 self.reserve(*self._room)
         return self._master

@@ -162,7 +162,14 @@ Head = TypeVar("Head", bound=Master)
 
 
 @contextmanager
-def ranks(group: Group, head: type[Head] = Master, hand: type[Worker] = Worker) -> Iterator[Head]:  # type: ignore[assignment]
+def ranks(group: Group) -> Iterator[Master]:
+    """Start the workers of a group as processes of this machine; this process is the master."""
+    with ranks_of(group, Master, Worker) as master:
+        yield master
+
+
+@contextmanager
+def ranks_of(group: Group, head: type[Head], hand: type[Worker]) -> Iterator[Head]:
     """Start the workers of a group as processes of this machine; this process is the master.
 
     Parameters
