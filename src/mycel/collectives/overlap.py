@@ -65,7 +65,7 @@ class Overlap:
         self.sent += size
         if self.megabits:
             time.sleep(max(0.0, size * 8e-6 / self.megabits - (time.perf_counter() - started)))
-        parts = flat.split([tensor.numel() for tensor in gradients.values()])
+        parts = torch.split(flat, [tensor.numel() for tensor in gradients.values()])
         summed = {name: part.view_as(tensor) for (name, tensor), part in zip(gradients.items(), parts, strict=True)}
         return summed, int(count)
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mycel.collectives.layout import AXES
@@ -88,7 +89,7 @@ def process_group(meeting: Meeting | None = None) -> Iterator[torch.device]:
     if meeting is None:
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
-        store = dist.FileStore(meeting.file, meeting.size)
+        store = FileStore(meeting.file, meeting.size)
         dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=PATIENCE)
     try:
         yield device

@@ -223,4 +223,4 @@ def claim(lab: Laboratory) -> Measured:
 
 def _largest(finished: Finished) -> int:
     """Most bytes of a round, both ways, but the first, which brings every weight."""
-    return max(each["bytes_up"] + each["bytes_down"] for each in finished.progress.rounds[1:])
+    return max(int(each["bytes_up"] + each["bytes_down"]) for each in finished.progress.rounds[1:])
