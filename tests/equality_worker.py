@@ -77,9 +77,13 @@ def scheduled(ranks: int) -> list[Layout]:
     looped = [("interleaved", 2), ("breadth_first", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2)]
     mixed = [("zbv", axis, False) for axis in ("data", "tensor", "sequence")]
     mixed += [("breadth_first", "data", True), ("zero_bubble", "data", False), ("1f1b", "data", True)]
+    even = [
+        Layout.model_validate({"sequence": ranks, "attention": "balanced", "recompute": again, "micro_batches": 2})
+        for again in (False, True)
+    ]
     if ranks == 2:
-        return [Layout(pipeline=2, micro_batches=4, schedule=name, chunks=chunks) for name, chunks in looped]  # type: ignore[arg-type]
-    return [
+        return even + [Layout(pipeline=2, micro_batches=4, schedule=name, chunks=chunks) for name, chunks in looped]  # type: ignore[arg-type]
+    return even + [
         Layout.model_validate(
             {
                 axis: 2,

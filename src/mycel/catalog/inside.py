@@ -11,6 +11,34 @@ def _inside(name: str, number: int | None, factory: str, paper: str, claim: str)
 
 INSIDE: tuple[Entry, ...] = (
     _inside(
+        "breadth_first",
+        None,
+        "scheduled",
+        "Lamy-Poirier 2023, Breadth-First Pipeline Parallelism",
+        "several stages a rank divide the bubble by their number, at the gradients of one process",
+    ),
+    _inside(
+        "zero_bubble",
+        None,
+        "claim",
+        "Qi et al. 2024, Zero Bubble Pipeline Parallelism",
+        "gradients of weights fill what 1F1B waits away: a third of its bubble, or almost none there and back",
+    ),
+    _inside(
+        "activation_memory",
+        None,
+        "claim",
+        "Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models",
+        "blocks keep, compute again or send away what they need, within any budget, at the same gradients to the bit",
+    ),
+    _inside(
+        "distflashattn",
+        3,
+        "claim",
+        "Li et al. 2024, DISTFLASHATTN: Distributed Memory-efficient Attention for Long-context LLMs Training",
+        "causal attention over ranks, evenly shared out, and never repeated when blocks are computed again",
+    ),
+    _inside(
         "bamboo",
         None,
         "Bamboo",

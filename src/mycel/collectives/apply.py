@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mycel.collectives.attention import over_tokens
+from mycel.collectives.attention import Spanning, over_tokens
+from mycel.collectives.balanced_attention import Stash
+from mycel.collectives.keeping import Spill, Through, left_behind, passed
 from mycel.collectives.layout import stage_blocks, stages_of
 from mycel.collectives.ranks import Ranks
+from mycel.decisions.keeping import AGAIN, MIB, WAYS, Knapsack, peak, room_of, ways_of
 from mycel.errors import ModelError
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -39,9 +41,16 @@ class Chunk(nn.Module):
         Decides where this rank's tokens begin.
     place : int
         Which of the pipeline's stages this is.
+    spill : Spill
+        Where activations go that are sent away.
+
+    Attributes
+    ----------
+    keeping : list of str
+        What each block of the model leaves for its way back.
     """
 
-    def __init__(self, model: PreTrainedModel, ranks: Ranks, place: int) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks, place: int, spill: Spill) -> None:
         super().__init__()
         layout, inner = ranks.layout, model.model
         stages = layout.pipeline * layout.chunks
@@ -53,7 +62,8 @@ class Chunk(nn.Module):
         if self.last:
             self.norm, self.head = inner.norm, model.lm_head
         self.rotary = inner.rotary_emb
-        self.recompute = layout.recompute
+        self.keeping = ways_of(layout, len(inner.layers))
+        self.spill = spill
         self._model = [model]  # in a list, so that its other parts are no part of this module
         self._ranks = [ranks]
 
@@ -65,30 +75,38 @@ class Chunk(nn.Module):
         if self.first:
             hidden = self.embedding(hidden)
         positions = self.rotary(hidden, place)
-        with over_tokens(self._model[0], self._ranks[0].group("sequence")):
-            for block in self.blocks.values():
-                hidden = self._through(block, hidden, positions)
+        for index, block in self.blocks.items():
+            how = self.keeping[int(index)] if self.training else "keep"
+            hidden = passed(self._over_tokens(block, positions, how in AGAIN), hidden, how, self.spill)
         if self.last:
             hidden = self.head(self.norm(hidden))
         return hidden
 
-    def _through(self, block: nn.Module, hidden: Tensor, positions: Any) -> Tensor:
-        def compute(entering: Tensor) -> Tensor:
-            left = block(entering, attention_mask=None, position_embeddings=positions)
-            hidden: Tensor = left[0] if isinstance(left, tuple) else left
+    def _over_tokens(self, block: nn.Module, positions: Any, again: bool) -> Through:
+        """One block's pass; a way back that computes it again tells the attention anew where its tokens are."""
+        model, ranks, compute = self._model[0], self._ranks[0], through(block, positions)
+        stash = Stash() if again else None
+        spanning = Spanning(ranks.group("sequence"), ranks.layout.attention == "balanced", stash)
+
+        def over(entering: Tensor) -> Tensor:
+            with over_tokens(model, spanning):
+                hidden = compute(entering)
+            if stash is not None:
+                stash.again = True
             return hidden
 
-        if not (self.recompute and self.training):
-            return compute(hidden)
-        model, group = self._model[0], self._ranks[0].group("sequence")
+        return over
 
-        def again(entering: Tensor) -> Tensor:
-            # The way back leaves forward's block, so the attention must be told again where its tokens are.
-            with over_tokens(model, group):
-                return compute(entering)
 
-        kept: Tensor = checkpoint(again, hidden, use_reentrant=False)
-        return kept
+def through(block: nn.Module, positions: Any) -> Through:
+    """Return the pass of a block alone, from hidden states to hidden states."""
+
+    def compute(entering: Tensor) -> Tensor:
+        left = block(entering, attention_mask=None, position_embeddings=positions)
+        hidden: Tensor = left[0] if isinstance(left, tuple) else left
+        return hidden
+
+    return compute
 
 
 class Stage(nn.Module):
@@ -108,7 +126,8 @@ class Stage(nn.Module):
                 f"{type(model).__name__} is no decoder with rotary positions: layouts are laid over the Llama family"
             )
         places = stages_of(ranks.layout, ranks.place("pipeline"))
-        self.chunks = nn.ModuleList(Chunk(model, ranks, place) for place in places)
+        self.spill = Spill()
+        self.chunks = nn.ModuleList(Chunk(model, ranks, place, self.spill) for place in places)
         self.first, self.last = places[0] == 0, places[-1] == ranks.layout.pipeline * ranks.layout.chunks - 1
         self.tied = bool(model.config.tie_word_embeddings)
         self.width = int(model.config.hidden_size)
@@ -124,11 +143,19 @@ class Stage(nn.Module):
         return {self.held()[0].embedding.weight} if apart and self.tied else set()
 
 
-def lay_out(model: PreTrainedModel, ranks: Ranks) -> Stage:
-    """Divide a model over an island and return this rank's stage; the model must be the same on every rank."""
+def lay_out(model: PreTrainedModel, ranks: Ranks, piece: tuple[int, int] = (1, 1)) -> Stage:
+    """Divide a model over an island and return this rank's stage; the model must be the same on every rank.
+
+    Parameters
+    ----------
+    piece : tuple of int
+        Rows and tokens that pass through a stage at once, for a layout that limits what they leave.
+    """
     stage = Stage(model.to(ranks.device), ranks).train()
     stage.requires_grad_(True)
     layout = ranks.layout
+    if layout.activation_mib:
+        fit(stage, ranks, piece, layout.activation_mib * MIB)
     for chunk in stage.held():
         if layout.tensor > 1:
             plan: dict[str, ParallelStyle] = dict.fromkeys(COLUMNS, ColwiseParallel())
@@ -140,6 +167,28 @@ def lay_out(model: PreTrainedModel, ranks: Ranks) -> Stage:
                 fully_shard(block, mesh=ranks.replicas)
             fully_shard(chunk, mesh=ranks.replicas, ignored_params=stage.shared)
     return stage
+
+
+def fit(stage: Stage, ranks: Ranks, piece: tuple[int, int], limit: float) -> float:
+    """Choose what this rank's blocks leave within ``limit`` bytes, and return the bytes that they then take.
+
+    Each way is tried on a block of a stage that is not divided yet.
+    """
+    rows, tokens = piece
+    chunk = stage.held()[0]
+    hidden = torch.zeros(rows, tokens, stage.width, device=ranks.device, dtype=next(stage.parameters()).dtype)
+    positions = chunk.rotary(hidden, torch.arange(tokens, device=ranks.device)[None])
+    block = next(iter(chunk.blocks.values()))
+    left = {how: left_behind(through(block, positions), hidden, how, stage.spill) for how in WAYS}
+    flops = 2.0 * sum(weight.numel() for weight in block.parameters()) * rows * tokens
+    held = sorted(int(index) for each in stage.held() for index in each.blocks)
+    leaves = hidden.numel() * hidden.element_size()
+    room = room_of(left, leaves, flops, len(held), ranks.layout, limit)
+    chosen = Knapsack().decide(room)
+    for index, way in zip(held, chosen, strict=True):
+        for each in stage.held():
+            each.keeping[index] = room.blocks[0][way].name
+    return peak(room, chosen)
 
 
 def _sharded(ranks: Ranks) -> bool:

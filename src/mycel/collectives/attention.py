@@ -1,5 +1,7 @@
 """Causal attention over rows whose tokens lie on several ranks: keys and values are gathered, queries stay.
 
+Or, where the layout says ``attention = "balanced"``, by `mycel.collectives.balanced_attention`: no rank holds all keys.
+
 Rank p of P holds the tokens from ``p T/P`` to before ``(p+1) T/P``.
 Shapes: B rows, H heads, T tokens, D width of a head.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +19,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mycel.collectives.balanced_attention import BalancedAttention, Stash
+
 NAME = "mycel_sequence"
-_group: list[dist.ProcessGroup] = []
+
+
+@dataclass(frozen=True)
+class Spanning:
+    """How attention spans the ranks of ``group``."""
+
+    group: dist.ProcessGroup
+    balanced: bool = False
+    stash: Stash | None = None
+
+
+_spanning: list[Spanning] = []
 
 
 class _Gather(torch.autograd.Function):
@@ -40,7 +56,7 @@ class _Gather(torch.autograd.Function):
         return own, None
 
 
-def gathered_attention(
+def spanning_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Attend from this rank's tokens to all tokens up to each; the form that ``transformers`` calls.
@@ -50,31 +66,34 @@ def gathered_attention(
     query, key, value : Tensor
         (B, H, T/P, D), with fewer heads for keys and values where they are shared.
     """
-    group = _group[-1]
+    spanning = _spanning[-1]
+    group, scale = spanning.group, options.get("scaling") or query.shape[-1] ** -0.5
+    if spanning.balanced:
+        apply: Callable[..., Tensor] = BalancedAttention.apply
+        return apply(query, key, value, scale, group, spanning.stash).transpose(1, 2).contiguous(), None
     here, own = dist.get_rank(group), query.shape[2]
     keys, values = _Gather.apply(key, group), _Gather.apply(value, group)  # type: ignore[no-untyped-call]
     shared = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
     place = torch.arange(own, device=query.device) + here * own
     seen = torch.arange(keys.shape[2], device=query.device)[None, :] <= place[:, None]
-    scale: float = options.get("scaling") or query.shape[-1] ** -0.5
     mixed = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
     return mixed.transpose(1, 2).contiguous(), None
 
 
 @contextmanager
-def over_tokens(model: PreTrainedModel, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Inside the block the model's attention spans the ranks of ``group``; None: it is as it was."""
-    if group is None or dist.get_world_size(group) == 1:
+def over_tokens(model: PreTrainedModel, spanning: Spanning) -> Iterator[None]:
+    """Inside the block the model's attention spans the ranks of a group; if it is one rank, it is as it was."""
+    if dist.get_world_size(spanning.group) == 1:
         yield
         return
     before = model.config._attn_implementation
     register: Callable[..., None] = ALL_ATTENTION_FUNCTIONS.register
-    register(NAME, gathered_attention)
+    register(NAME, spanning_attention)
     model.config._attn_implementation = NAME
-    _group.append(group)
+    _spanning.append(spanning)
     try:
         yield
     finally:
-        _group.pop()
+        _spanning.pop()
         model.config._attn_implementation = before

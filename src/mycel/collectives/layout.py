@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mycel.decisions.keeping import DIVIDED
 from mycel.errors import RecipeError
 from mycel.recipe.schema import Layout
 
@@ -69,6 +70,7 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
         )
     _check_schedule(layout)
     _check_codec(layout)
+    _check_memory(layout, config.num_hidden_layers)
     rows = batch_size // layout.data
     if rows % layout.micro_batches:
         raise RecipeError(
@@ -93,6 +95,31 @@ def _check_codec(layout: Layout) -> None:
         )
     if layout.data * layout.sequence == 1:
         raise RecipeError("layout.codec is set, and one rank sees every row: set layout.data above 1, or no codec")
+
+
+def _check_memory(layout: Layout, blocks: int) -> None:
+    """Refuse two ways with the same activations."""
+    named = [
+        name
+        for name, given in (
+            ("recompute", layout.recompute),
+            ("activations", bool(layout.activations)),
+            ("activation_mib", layout.activation_mib > 0),
+        )
+        if given
+    ]
+    if len(named) > 1:
+        raise RecipeError(f"layout.{named[0]} and layout.{named[1]} both say what blocks leave: set one of them")
+    if "selective" in layout.activations and layout.schedule in DIVIDED:
+        raise RecipeError(
+            f"layout.activations names selective, which goes back in one piece, and the schedule {layout.schedule} "
+            "goes back in two: try recompute"
+        )
+    if len(layout.activations) not in {0, 1, blocks}:
+        raise RecipeError(
+            f"layout.activations has {len(layout.activations)} entries, and the model {blocks} blocks: "
+            "give one for each, or one for all"
+        )
 
 
 def _check_schedule(layout: Layout) -> None:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from mycel.collectives.apply import Stage, lay_out, named_weights, spread, whole
 from mycel.collectives.hooks import CodecExchange, gather_frames
+from mycel.collectives.keeping import mapped
 from mycel.collectives.layout import check_layout
 from mycel.collectives.ranks import Ranks
-from mycel.collectives.saving import Checkpoints
+from mycel.collectives.saving import Checkpoints, prime
 from mycel.collectives.step import Trainer
 from mycel.collectives.traffic import Traffic
 from mycel.data.stream import sample_rows
@@ -72,9 +73,14 @@ class Program:
         model.load_state_dict(self.start, strict=False)
         if config.tie_word_embeddings:
             model.tie_weights()
-        self.stage: Stage = lay_out(model, self.ranks)
+        layout = recipe.layout
+        rows = recipe.training.batch_size // layout.data // layout.micro_batches
+        self.stage: Stage = lay_out(model, self.ranks, (rows, recipe.data.max_length // layout.sequence))
         self.weights = named_weights(self.stage)
         self.optimizer = make_optimizer(self.weights, recipe.training)
+        if layout.offload_optimizer:
+            prime(self.weights, self.optimizer)
+            mapped(self.optimizer)
         exchange = CodecExchange(self.ranks, recipe.layout.codec) if recipe.layout.codec else None
         self.trainer = Trainer(self.stage, self.ranks, self.optimizer, recipe.training.clip_norm, exchange)
 
@@ -127,6 +133,8 @@ class Program:
             if name in self.weights:
                 kept = spread(value.to(self.ranks.device), self.weights[name]) if value.dim() else value.clone()
                 self.optimizer.state[self.weights[name]][moment] = kept
+        if self.recipe.layout.offload_optimizer:
+            mapped(self.optimizer)
 
     def collect(self) -> Tensors:
         """The whole model's weights, on every rank."""

@@ -17,12 +17,14 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ----------
     peak : int
         Most bytes alive at once; workspaces within one operation are not seen.
+    now : int
+        Bytes that are alive.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._now = 0
+        self.now = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,19 +34,19 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._note(tensor, tensor.untyped_storage().nbytes())
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return result
 
     def _note(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known[storage._cdata] = size
-            self._now += size
+            self.now += size
             # Addresses are used again once memory is given back, so each is forgotten with its storage.
             weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, address: int) -> None:
-        self._now -= self._known.pop(address, 0)
+        self.now -= self._known.pop(address, 0)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

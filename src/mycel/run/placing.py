@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mycel.decisions.cost import Coefficients, Work
+from mycel.decisions.cost import GIB, NUMBER, Coefficients, Work, memory_of
 from mycel.decisions.graph import graph_of
+from mycel.decisions.keeping import MIB, Knapsack, in_flight, room_of
 from mycel.decisions.planner import Placement, Plans, Task, left_out
 from mycel.fleet import load_fleet
 from mycel.models.sizes import SIZES
@@ -20,6 +21,7 @@ class IslandPlan:
     steps: int
     placements: list[Placement]
     left_out: dict[str, str]
+    advice: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``mycel plan --json`` prints."""
@@ -42,6 +44,7 @@ class IslandPlan:
                 for placement in self.placements
             ],
             "left_out": self.left_out,
+            "advice": self.advice,
         }
 
 
@@ -52,7 +55,33 @@ def plan_island(recipe: Recipe, objective: str = "seconds") -> IslandPlan:
     fleet = load_fleet(recipe.fleet.devices)
     task = Task(work, config, fleet.devices, Coefficients(**fleet.calibration), objective=objective)
     plans = Plans().ranked(task)
-    return IslandPlan(recipe.rounds.count, plans, left_out(task, plans[0]))
+    return IslandPlan(recipe.rounds.count, plans, left_out(task, plans[0]), advice(task, plans[0]))
+
+
+def advice(task: Task, best: Placement) -> str:
+    """Say how a plan that computes every block again could keep some of them, where there is room for it."""
+    if not best.layout.recompute:
+        return ""
+    graph, layout, inside = task.work.graph, best.layout, len(best.devices) // best.layout.pipeline
+    tokens = task.work.batch_size / layout.data / layout.micro_batches * graph.length / layout.sequence
+    one, rooms = graph.blocks[0], []
+    leaves, kept = NUMBER * one.leaves * tokens, NUMBER * one.kept * tokens
+    left = {"keep": leaves + kept, "selective": leaves + kept, "recompute": leaves, "offload": leaves}
+    for place, blocks in enumerate(best.split):
+        smallest = min(device.memory_gib for device in best.devices[place * inside : (place + 1) * inside]) * GIB
+        needed = memory_of(task.work, layout, best.split, place, task.coefficients)
+        activations = in_flight(layout) * blocks * leaves + kept / layout.tensor
+        rooms.append(room_of(left, leaves, one.flops * tokens, blocks, layout, smallest - needed + activations))
+    chosen = [Knapsack().decide(room) for room in rooms]
+    ways = [room.blocks[0][way].name for room, each in zip(rooms, chosen, strict=True) for way in each]
+    if "keep" not in ways:
+        return ""
+    counts = ", ".join(f"{ways.count(way)} {way}" for way in dict.fromkeys(ways))
+    limit = min(room.bytes for room in rooms) / MIB
+    return (
+        f"layout.activation_mib = {limit:.4g} in place of recompute would fit and take less time: "
+        f"of {len(ways)} blocks {counts}"
+    )
 
 
 def _config(base: str) -> Any:
