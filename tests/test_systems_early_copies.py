@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from torch import Tensor
 
-from mycel.generation.engine import Engine, Limits, greedy
+from mycel.generation.engine import Engine, Limits, _collector, greedy
 from mycel.generation.executor import Piece, Whole
 from mycel.generation.memory import Memory
 from mycel.generation.request import Request
@@ -78,7 +78,7 @@ def test_copies_are_made_while_an_iteration_computes_and_pages_come_free_before_
     engine = Engine(executor, limits=limits, policy=policy)
     found: list[list[int]] = [[], []]
     for index in (0, 1):
-        engine.submit(Request(tuple(PROMPTS[index]), MOST), lambda token, into=found[index]: into.append(token.id))
+        engine.submit(Request(tuple(PROMPTS[index]), MOST), _collector(found[index]))
     for _ in range(4):
         engine.step()
     held = engine.pool.held
@@ -131,7 +131,7 @@ def test_who_leaves_or_runs_in_the_middle_of_a_copy_spoils_nothing() -> None:
     memory.copy_out = lambda table: (slow.wait(PATIENCE), copy(table))[1]  # type: ignore[method-assign]
     found: list[list[int]] = [[], [], []]
     for index in range(3):
-        engine.submit(Request(tuple(PROMPTS[index]), MOST), lambda token, into=found[index]: into.append(token.id))
+        engine.submit(Request(tuple(PROMPTS[index]), MOST), _collector(found[index]))
     for _ in range(4):
         engine.step()
     policy.leave = (2, 3)

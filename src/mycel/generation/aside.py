@@ -42,16 +42,17 @@ class Aside:
     def put(self, sequence: int, memory: Memory, table: Sequence[int]) -> bool:
         """Copy a table's pages, or wait for the copy that is under way; False when there is no room for them."""
         if sequence not in self._leaving:
-            if not self._reserve(sequence, memory, table):
+            content = memory.copy_out(table)
+            if not self._reserve(sequence, sum(tensor.nbytes for tensor in content)):
                 return False
-            self._kept[sequence] = memory.copy_out(table)
+            self._kept[sequence] = content
         else:
             self._kept[sequence] = self._leaving.pop(sequence).result()
         return True
 
     def begin(self, sequence: int, memory: Memory, table: Sequence[int]) -> bool:
         """Begin to copy pages, which stay as they are until ``left`` or ``stay``; False when there is no room."""
-        if not self._reserve(sequence, memory, table):
+        if not self._reserve(sequence, memory.bytes_of(len(table))):
             return False
         pages = list(table)
         self._leaving[sequence] = self._submit(lambda: memory.copy_out(pages))
@@ -102,8 +103,7 @@ class Aside:
         self.bytes -= self._sizes.pop(sequence)
         return self._kept.pop(sequence)
 
-    def _reserve(self, sequence: int, memory: Memory, table: Sequence[int]) -> bool:
-        size = memory.bytes_of(len(table))
+    def _reserve(self, sequence: int, size: int) -> bool:
         if self.bytes + size > self.limit:
             return False
         self._sizes[sequence] = size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mycel.generation.aside import Aside
 from mycel.generation.executor import Executor
+from mycel.generation.memory import Memory
 from mycel.generation.pages import PagePool
 from mycel.generation.scheduler import Step
 from mycel.generation.sequence import Sequence
@@ -50,7 +51,7 @@ class Moves:
     def begin(self, step: Step, active: Mapping[int, Sequence]) -> None:
         """Begin copies for later iterations, as far as pages and room allow."""
         memory = self.executor.memory
-        if memory is None:
+        if not isinstance(memory, Memory):  # ranks' pages are reached over the links that the computing uses
             return
         for identity in (*step.leave, *step.come):
             sequence = active[identity]
