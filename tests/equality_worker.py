@@ -75,7 +75,7 @@ def scheduled(ranks: int) -> list[Layout]:
     if ranks == 1:
         return []
     looped = [("interleaved", 2), ("breadth_first", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2)]
-    mixed = [("zbv", axis, False) for axis in ("data", "tensor", "sequence")]
+    mixed = [("zbv", "tensor", False)]
     mixed += [("breadth_first", "data", True), ("zero_bubble", "data", False), ("1f1b", "data", True)]
     even = [
         Layout.model_validate({"sequence": ranks, "attention": "balanced", "recompute": again, "micro_batches": 2})

@@ -130,6 +130,11 @@ def _check_schedule(layout: Layout) -> None:
             f"layout.chunks is {layout.chunks}, and the schedule {layout.schedule} takes {wanted} stages a rank: "
             f"set it to {wanted}"
         )
+    if layout.schedule == "zbv" and layout.data * layout.sequence > 1:
+        raise RecipeError(
+            "layout.schedule is zbv, and torch's order of it does not sum the gradients of sharded weights: "
+            'set data and sequence to 1, or schedule = "zero_bubble"'
+        )
     pieces, ranks = layout.micro_batches, layout.pipeline
     if layout.schedule in {"gpipe", "breadth_first"}:
         return
