@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -42,6 +42,7 @@ from mycel.guard.keys import Identity
 from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.pace import parse_pace
+from mycel.rounds.site import Site
 from mycel.rounds.system import State, group, with_role
 from mycel.rounds.world import Node, World
 from mycel.testing.engines import request
@@ -232,7 +233,7 @@ async def one_round(address: str, size: int, folder: Path) -> None:
     nodes = [Node(index, name, 1, 1.0, 1) for index, name in enumerate(PARTIES)]
     made = Recipe().replace({"rounds.count": 1, "data.count": len(PARTIES), "fleet.devices": "equal"})
     model = SimpleNamespace(parameters=lambda: iter([torch.empty(size // 4, device="meta")]))
-    world = World(made, load_fleet("equal"), nodes, SimpleNamespace(base=SimpleNamespace(model=model)))
+    world = World(made, load_fleet("equal"), nodes, cast(Site, SimpleNamespace(base=SimpleNamespace(model=model))))
     world.sizes = {None: size // 4}
     system = Large(made)
     system.size = size

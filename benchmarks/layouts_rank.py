@@ -77,7 +77,7 @@ UNEQUAL = {
 }
 
 
-class Shaped(Traffic):
+class Shaped(Traffic):  # type: ignore[no-untyped-call]
     """Holds every message of this rank back as a thin link would, both ways where neighbours hand on."""
 
     def __init__(self, scene: Scene) -> None:

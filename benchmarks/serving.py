@@ -32,7 +32,7 @@ VOCABULARY = 32_000
 WEIGHTS = 4 * (VOCABULARY * 512 + 12 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512) + 512)  # bytes read for a token
 BASELINE = "transformers generate fp32"
 LLAMA = "llama.cpp bf16"  # takes part where llama-cpp-python is installed
-CONTESTANTS = (BASELINE, "mycel, packed", "mycel, one copy of weights", "ctranslate2 int8")
+CONTESTANTS: tuple[str, ...] = (BASELINE, "mycel, packed", "mycel, one copy of weights", "ctranslate2 int8")
 CONTESTANTS += (LLAMA,) * (importlib.util.find_spec("llama_cpp") is not None)
 Job = tuple[list[int], int]  # a prompt and the number of tokens wanted
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,13 @@ def main() -> None:
             rows = sums()
         else:
             folder = write_llama(Path(scratch) / "llama", 512, 12, 32000, num_key_value_heads=8)
-            measured = {"pipeline": pipeline, "far": far, "disk": partial(disk, room=options.room), "pause": pause}
-            rows = measured[options.part](folder)
+            parts_of: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+                "pipeline": pipeline,
+                "far": far,
+                "pause": pause,
+            }
+            parts_of["disk"] = partial(disk, room=options.room)
+            rows = parts_of[options.part](folder)
     show(f"swarm: {options.part}", rows, options.json)
 
 

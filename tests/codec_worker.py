@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,8 @@ def model_off() -> float:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, report = dist.get_rank(), {}
+    rank = dist.get_rank()
+    report: dict[str, Any] = {}
     try:
         for spec in SPECS:
             once, mean, sent, alike = summed(spec, False, 1)
@@ -70,7 +72,7 @@ def main() -> None:
                 "sent": sent,
                 "alike": alike,
             }
-        frames = gather_frames(bytes([rank]) * (3 + 5 * rank), dist.group.WORLD)
+        frames = gather_frames(bytes([rank]) * (3 + 5 * rank), dist.distributed_c10d._get_default_group())
         report["frames"] = [list(frame) for frame in frames]
         exchange = CodecExchange(make_ranks(Layout(data=2), torch.device("cpu")), "raw")
         weight = nn.Parameter(torch.zeros(2))

@@ -81,6 +81,9 @@ class Parties:
         answer = self.change(node, Parcel("answer", {**header, "loss": 1.0}, with_role("update", update)))
         return answer if isinstance(answer, bytes) else answer.to_bytes(), b""
 
+    def close(self) -> None:
+        """Hold nothing."""
+
 
 @dataclass
 class Rig:

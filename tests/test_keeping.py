@@ -81,7 +81,8 @@ def test_the_peak_is_as_foretold_and_within_the_budget() -> None:
 
 
 def _rooms(count: int) -> list[Room]:
-    chance, rooms = random.Random(8), []
+    chance = random.Random(8)
+    rooms: list[Room] = []
     while len(rooms) < count:
         blocks = tuple(
             tuple(

@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -191,10 +192,10 @@ def test_templates_and_their_cover_are_the_best_of_all() -> None:
         Covering().decide(Nodes(4, known, 8, 2))
 
 
-def _best_division(held: list, pieces: int) -> float:  # type: ignore[type-arg]
+def _best_division(held: list[Any], pieces: int) -> float:
     cuts = combinations(range(1, pieces), len(held) - 1)
     counts = [[b - a for a, b in zip((0, *cut), (*cut, pieces), strict=True)] for cut in cuts]
-    best = min(max(each.seconds(count) for each, count in zip(held, way, strict=True)) for way in counts)
+    best: float = min(max(each.seconds(count) for each, count in zip(held, way, strict=True)) for way in counts)
     assert max(each.seconds(count) for each, count in zip(held, divided(held, pieces), strict=True)) == best
     return best
 

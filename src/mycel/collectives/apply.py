@@ -211,8 +211,8 @@ def named_weights(stage: Stage) -> dict[str, nn.Parameter]:
 def settle(stage: Stage, ranks: Ranks) -> None:
     """After the way back: add up a tied embedding's gradients from the first and the last stage."""
     if _sharded(ranks):
-        for weight in stage.shared:
-            dist.all_reduce(weight.grad, op=dist.ReduceOp.AVG, group=ranks.replicas.get_group())
+        for each in stage.shared:
+            dist.all_reduce(each.grad, op=dist.ReduceOp.AVG, group=ranks.replicas.get_group())
     if not stage.tied or ranks.layout.pipeline == 1 or ranks.layout.schedule == "zbv":
         return
     weight = named_weights(stage).get("model.embed_tokens.weight")

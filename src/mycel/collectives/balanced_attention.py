@@ -230,7 +230,8 @@ def _backward(
         if rank + step < ranks:
             returning.append((1, line.receive((key, value), rank + step, 2 * step + 1)))
         if other is not None:
-            theirs = part_back(arrived[0], key, value, *arrived[1:], scale, False)
+            asked_query, asked_gradient, asked_total, asked_delta = arrived
+            theirs = part_back(asked_query, key, value, asked_gradient, asked_total, asked_delta, scale, False)
             line.send(theirs[:1], other, 2 * step + 1)
             found[1:] = [found[1] + theirs[1], found[2] + theirs[2]]
         elif rank >= step:

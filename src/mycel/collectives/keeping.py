@@ -48,7 +48,7 @@ def passed(block: Through, hidden: Tensor, how: str, spill: Spill) -> Tensor:
 
 
 def _products_kept() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -88,7 +88,7 @@ class Spill:
         if weight or local.numel() * local.element_size() < SMALL:
             return tensor
         content = local.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        kept = _Away(self, self._end, len(content), zlib.crc32(content), local, tensor)
+        kept = _Away(self, self._end, len(content), zlib.crc32(content.data), local, tensor)
         if os.pwrite(self._file, content.data, self._end) != len(content):
             raise RunError(f"{len(content)} bytes of activations could not be written: is the disk full?")
         self._end += len(content)
@@ -98,13 +98,13 @@ class Spill:
 
     def unpack(self, kept: Any) -> Tensor:
         """Read a tensor back; ``RunError`` when it is not what was written."""
-        return kept.read() if isinstance(kept, _Away) else kept  # type: ignore[no-any-return]
+        return kept.read() if isinstance(kept, _Away) else kept
 
     def read(self, offset: int, size: int, check: int) -> Tensor:
         """Return bytes of the file."""
         content = torch.empty(size, dtype=torch.uint8)
         found = os.preadv(self._file, [content.numpy().data], offset)
-        if found != size or zlib.crc32(content.numpy()) != check:
+        if found != size or zlib.crc32(content.numpy().data) != check:
             raise RunError("activations that waited on the disk came back changed: see to the disk")
         return content
 

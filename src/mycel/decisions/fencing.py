@@ -132,7 +132,8 @@ def _widest(
         return sorted(width(a, b) for a, b in pairwise(order))
 
     if len(nodes) <= LARGE:
-        return list(max(permutations(nodes), key=widths))
+        widest = max(permutations(nodes), key=widths)
+        return list(widest)
     order, left = [nodes[0]], nodes[1:]
     while left:
         best = max(left, key=lambda node: width(order[-1], node))

@@ -88,7 +88,8 @@ def _shared(items: Sequence[int], among: int) -> list[list[int]]:
 
 def claim(lab: Laboratory) -> Measured:
     """Two ranks die one after the other; survivors go on along the losses of an undisturbed run."""
-    from mycel.pretrain.drill import Drill, drilled
+    from mycel.pretrain.drill import drilled
+    from mycel.pretrain.drill_rank import Drill
 
     undisturbed = drilled(Drill("bamboo"))
     killed = drilled(Drill("bamboo", deaths=((2, 2, "backward", 1), (5, 0, "forward", 1))))

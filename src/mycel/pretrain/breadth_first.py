@@ -87,7 +87,9 @@ def claim(lab: Laboratory) -> Measured:
 
 def judged(cases: list[tuple[str, int, int]]) -> Measured:
     """Hold each schedule's measured bubble to its formula; at most 0.04 off, and gradients those of one process."""
-    texts, figures, off, apart = [], {}, 0.0, 0.0
+    texts: list[str] = []
+    figures: dict[str, float] = {}
+    off = apart = 0.0
     for schedule, pieces, chunks in cases:
         found, difference = measured(schedule, pieces, chunks)
         theory = expected(schedule, 4, pieces, chunks)

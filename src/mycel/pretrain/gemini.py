@@ -61,7 +61,8 @@ class Gemini(Recovery):
 
 def claim(lab: Laboratory) -> Measured:
     """Killed and replaced, from memory and from disk: the same losses; memory loses at most one step."""
-    from mycel.pretrain.drill import Drill, drilled
+    from mycel.pretrain.drill import drilled
+    from mycel.pretrain.drill_rank import Drill
 
     undisturbed = drilled(Drill("gemini", steps=9))
     death = ((7, 2, "backward", 1),)

@@ -49,7 +49,7 @@ def losses_apart(steps: int = 4) -> float:
     from mycel.models.sizes import SIZES
     from mycel.segments.stages import Stages, train
 
-    curves = []
+    curves: list[list[float]] = []
     for split in ([4], [1, 3]):
         from transformers import LlamaForCausalLM
 
@@ -58,4 +58,5 @@ def losses_apart(steps: int = 4) -> float:
         source = torch.Generator().manual_seed(8)
         rows = (torch.randint(3, 2048, (4, 32), generator=source) for _ in range(steps))
         curves.append(train(Stages(model, split), rows, 1e-3, pieces=2 if len(split) > 1 else 1))
-    return max(abs(a / b - 1) for a, b in zip(*curves, strict=True))
+    whole, cut = curves
+    return max(abs(a / b - 1) for a, b in zip(whole, cut, strict=True))

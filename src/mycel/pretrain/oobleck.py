@@ -86,7 +86,8 @@ def filled(groups: list[list[int]], least: int) -> list[list[int]]:
 
 def claim(lab: Laboratory) -> Measured:
     """A rank of each pipeline dies; templates of fewer nodes go on along the undisturbed losses."""
-    from mycel.pretrain.drill import Drill, drilled
+    from mycel.pretrain.drill import drilled
+    from mycel.pretrain.drill_rank import Drill
 
     undisturbed = drilled(Drill("oobleck", ranks=5))
     killed = drilled(Drill("oobleck", ranks=5, deaths=((1, 1, "backward", 1), (4, 3, "exchange", 1))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def _over_time(answered: Sequence[Served], start: float, end: float) -> Plot:
 
     def paint(figure: Figure) -> None:
         frame = axes(figure, left=54, right=14, top=30, bottom=42)
-        looks = {"linestyle": "none", "marker": ".", "alpha": 0.6, "markeredgewidth": 0.0}
+        looks: dict[str, Any] = {"linestyle": "none", "marker": ".", "alpha": 0.6, "markeredgewidth": 0.0}
         frame.plot(times, wholes / across, color=light("upload"), label="to the last token", markersize=7, **looks)
         frame.plot(times, firsts / across, color=light("federated"), label="to the first token", markersize=6, **looks)
         frame.set_ylim(bottom=0)

@@ -116,7 +116,11 @@ class Swarm:
         entered = []
         for stage in range(len(self.wiring)):
             entered.append(hidden.detach())
-            hidden = await self._ask(stage, 1.0, lambda peer, s=stage, h=entered[-1]: self._forward(s, h))
+
+            def forward(peer: Peer, stage: int = stage, held: Tensor = entered[-1]) -> Tensor:
+                return self._forward(stage, held)
+
+            hidden = await self._ask(stage, 1.0, forward)
             if stage < len(self.stages.links):
                 hidden = self.stages.crossed(stage, "forward", hidden)
         loss, gradient = self.stages.ends(hidden, piece, count)
