@@ -42,8 +42,9 @@ def _show(recipe: Recipe, result: dict[str, Any], folder: Path, as_json: bool) -
         print(json.dumps(result, indent=2, allow_nan=False))
         return
     losses, console = result["final"]["mixture"], Console()
-    told = f"{len(result['recoveries'])} deaths survived"
-    if "step_seconds" in result:
+    if "recoveries" in result:
+        told = f"{len(result['recoveries'])} deaths survived"
+    else:
         sent = f"{result['bytes']['up'] / 1e6:.1f} MB sent by rank 0"
         foretold = result.get("predicted", {}).get("step_seconds")
         said = f" (foretold for the fleet {recipe.fleet.devices}: {foretold:.3f})" if foretold else ""
