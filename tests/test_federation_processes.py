@@ -216,13 +216,12 @@ def test_over_a_bad_network_that_cuts_every_kind_of_message_the_state_is_the_sam
             made.leave(name)
             own = lines.enter_context(cutting_line((host, line.port), keys, name, due))
             made.join(name, through=f"{host}:{own}")
+            lines.callback(made.join, name)
+            lines.callback(made.leave, name)
         going = go(made, tmp_path / "run")
         result = going.finish()
         assert line.stalls > 0
         assert line.passed > result["bytes"]["up"] + result["bytes"]["down"]
-        for name in list(made.parties):
-            made.leave(name)
-            made.join(name)
     assert not due
     assert result["state_sha256"] == reference["state_sha256"]
     assert result["dropped"]["invalid"] == 0

@@ -86,13 +86,19 @@ class Wavefront(Decision[Workload, tuple[Slot, ...]]):
     """Waves of malleable runs."""
 
     def decide(self, observation: Workload) -> tuple[Slot, ...]:
-        """Return when and where everything runs."""
+        """Return when and where everything runs; not later than with one meta-operator after another."""
         if any(operator.seconds[0][0] != 1 for operator in observation.operators):
             raise RecipeError("every operator must say how long it takes on one device")
         runs: list[tuple[int, int, int]] = []
         for level in observation.levels:
             runs += waves(observation, level)
-        return _placed(observation, runs)
+        in_turn = [
+            (index, observation.operators[index].seconds[-1][0], observation.operators[index].layers)
+            for level in observation.levels
+            for index in level
+        ]
+        ways = [_placed(observation, each) for each in (runs, in_turn)]
+        return min(ways, key=lambda slots: self.cost(observation, slots))
 
     def fault(self, observation: Workload, action: tuple[Slot, ...]) -> str:
         """Devices suffice at any time, layers are all done once and in order, dependencies hold."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from mycel.engines.children import LOOPBACK, free_port, start
 from mycel.engines.line import LINE
@@ -143,7 +144,8 @@ def submit(home: Path, job: str) -> str:
 
 def has_ended(home: Path, run: str) -> bool:
     """Whether a run's ServerApp has come to its end."""
-    return "finished" in json.dumps(flwr(home, "list", SUPERLINK, "--run-id", run))
+    listed: Any = flwr(home, "list", SUPERLINK, "--run-id", run)["runs"]
+    return any(str(each["status"]).startswith("finished") for each in listed)
 
 
 def bundle(home: Path) -> bytes:
