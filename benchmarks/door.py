@@ -14,25 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any
 
 import httpx
 import psutil
-import uvicorn
 from transformers import AutoTokenizer
 
 from common import arguments, proportional_bytes, show
 from mycel.door.app import Door
-from mycel.door.run import configured, listen
+from mycel.door.run import listen
 from mycel.generation.engine import Engine, Limits
 from mycel.generation.request import Request
 from mycel.generation.served import Served
@@ -40,27 +35,10 @@ from mycel.generation.service import Service
 from mycel.generation.simulator import Clock, Costs, Imagined
 from mycel.models.base import find_base
 from mycel.serve.gateway import process, visit
+from mycel.testing.doors import standing
 
 TOKENS = 16
 CLIENTS, TURNS = 200, 5
-
-
-@contextmanager
-def standing(served: Served) -> Iterator[str]:
-    """Stand at a door in this process, on a free port of loopback."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1024)
-    server = uvicorn.Server(configured(Door(served).app))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-        served.backend.close()
 
 
 def stand_in() -> Served:

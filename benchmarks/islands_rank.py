@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
 from mycel.collectives.overlap import Made, Overlap
-from mycel.collectives.ranks import make_ranks
+from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
 from mycel.pretrain.acco import joined
 from mycel.pretrain.weights import advance
@@ -129,13 +129,10 @@ def acco() -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
+    with process_group():
         found = {"overhead": overhead(), "acco": acco()}
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

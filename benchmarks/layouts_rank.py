@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
 from mycel.collectives.layout import layouts
-from mycel.collectives.ranks import make_ranks
+from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
 from mycel.collectives.traffic import Traffic
+from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
 from mycel.rounds.footprint import Footprint
 
@@ -137,15 +138,7 @@ def _pin(cores: set[int]) -> None:
 
 
 def config(hidden: int, blocks: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    return llama_config(hidden, blocks, 1024, 3 * hidden)
 
 
 def model(shape: tuple[int, int, int, int]) -> LlamaForCausalLM:
@@ -242,10 +235,9 @@ def bare(shape: tuple[int, int, int, int]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    count = dist.get_world_size()
-    rows: list[dict[str, Any]] = []
-    try:
+    with process_group():
+        count = dist.get_world_size()
+        rows: list[dict[str, Any]] = []
         for index, shape in enumerate(SHAPES):
             for layout, scene in trials(count, index):
                 if scene.name not in (sys.argv[2:] or SCENES):
@@ -257,8 +249,6 @@ def main() -> None:
             rows.append({"ranks": count, "bare": bare(SHAPES[0]), "shape": SHAPES[0]})
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(rows), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 from equality_worker import batch, model, reference
 from mycel.collectives.apply import lay_out
 from mycel.collectives.hooks import CodecExchange, gather_frames
-from mycel.collectives.ranks import make_ranks
+from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer, full_gradients
 from mycel.errors import ParcelError
 from mycel.recipe.schema import Layout
@@ -59,10 +59,9 @@ def model_off() -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    report: dict[str, Any] = {}
-    try:
+    with process_group():
+        rank = dist.get_rank()
+        report: dict[str, Any] = {}
         for spec in SPECS:
             once, mean, sent, alike = summed(spec, False, 1)
             many, means, _, _ = summed(spec, True, 30)
@@ -84,8 +83,6 @@ def main() -> None:
         report["model"] = model_off()
         if rank == 0:
             Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

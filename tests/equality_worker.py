@@ -12,23 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
 from mycel.collectives.layout import layouts, ranks_of
-from mycel.collectives.ranks import make_ranks
+from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer, full_gradients, targets_of
+from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
 
 ROWS, LENGTH = 4, 16
 
 
 def config(tied: bool) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=tied,
-    )
+    return llama_config(32, 4, 64, 48, tie_word_embeddings=tied)
 
 
 def model(tied: bool) -> LlamaForCausalLM:
@@ -100,9 +93,8 @@ def scheduled(ranks: int) -> list[Layout]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    report = {}
-    try:
+    with process_group():
+        report = {}
         for layout in cases(dist.get_world_size()):
             assert ranks_of(layout) == dist.get_world_size()
             for tied in (True, False):
@@ -111,8 +103,6 @@ def main() -> None:
                 report[f"{layout.model_dump_json()} tied={tied}"] = float(worst)
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from mycel.report import write_serving_report
 from mycel.report.journal import State, read_journal
 from mycel.segments.client import SwarmModel
 from mycel.serve.gateway import visit
+from mycel.testing.doors import standing
 from small_models import greedy_text, micro
-from standing import standing
 from swarms import Bench, bench
 from test_segments import _Liar
 

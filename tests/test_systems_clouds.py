@@ -14,7 +14,8 @@ from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.system import Answer
 from mycel.testing import check_combine, check_decision
 from rounds_by_hand import Play
-from test_systems_islands import distance, recipe
+from small_islands import recipe
+from test_systems_islands import distance
 
 
 def market(chance: random.Random) -> Market:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from mycel.errors import DataError, RecipeError
 from mycel.pretrain.acco import joined
 from mycel.pretrain.async_diloco import delayed_nesterov
 from mycel.pretrain.diloco import nesterov
-from mycel.pretrain.proving import pretraining, training_bytes
+from mycel.pretrain.proving import training_bytes
 from mycel.pretrain.qsdp import SHRINKS
 from mycel.pretrain.weights import advance, schedule
-from mycel.recipe.schema import Recipe, Training
+from mycel.recipe.schema import Training
 from mycel.rounds.algebra import norm, subtract
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.registry import load_system
@@ -28,24 +27,10 @@ from mycel.testing import check_combine
 from mycel.testing.codecs import check_codec
 from mycel.wire.codecs import parse_codec
 from rounds_by_hand import Play
+from small_islands import recipe
 from small_runs import mycel
 
-SMALL: dict[str, Any] = {
-    "data.examples": 30,
-    "data.held_out": 2,
-    "data.max_length": 16,
-    "data.count": 3,
-    "training.batch_size": 2,
-    "rounds.count": 4,
-    "rounds.local_steps": 2,
-    "rounds.evaluate_every": 100,
-    "fleet.devices": "islands",
-}
 ASYNC = {"rounds.pace": "buffered(1)", "rounds.staleness": 0.0}
-
-
-def recipe(lab: Laboratory, system: str, changes: dict[str, Any] | None = None) -> Recipe:
-    return lab.recipe(system, pretraining({**SMALL, **(changes or {})}))
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

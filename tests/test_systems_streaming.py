@@ -12,30 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mycel.pretrain.photon import consensus
-from mycel.pretrain.proving import pretraining
 from mycel.pretrain.streaming_diloco import fragments
-from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.system import Answer
 from mycel.testing import check_combine
 from rounds_by_hand import Play
+from small_islands import recipe
 
-SMALL: dict[str, Any] = {
-    "data.examples": 30,
-    "data.held_out": 2,
-    "data.max_length": 16,
-    "data.count": 3,
-    "training.batch_size": 2,
-    "rounds.count": 4,
-    "rounds.local_steps": 2,
-    "rounds.evaluate_every": 100,
-    "fleet.devices": "islands",
-}
 PLAIN = {"knobs": {"fragments": 1, "delay": 0}}
-
-
-def recipe(lab: Laboratory, system: str, changes: dict[str, Any] | None = None) -> Recipe:
-    return lab.recipe(system, pretraining({**SMALL, **(changes or {})}))
 
 
 def knobs(**values: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from mycel.collectives.ranks import process_group
+
 SMALL, LARGE = 1, 1 << 20  # numbers
 
 
@@ -38,8 +40,7 @@ def product() -> float:
 def main() -> None:
     """Measure; rank 0 writes seconds of a call, seconds a byte, and how much slower a core is while both compute."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
+    with process_group():
         call, burst = seconds_of(SMALL, 200), seconds_of(LARGE, 20)
         copy = max(burst - call, 1e-9) / (4 * LARGE)  # of two ranks each sends as much as the tensor holds
         alone = product() if dist.get_rank() == 0 else 0.0
@@ -48,8 +49,6 @@ def main() -> None:
         if dist.get_rank() == 0:
             found = {"call": call, "copy": copy, "contention": max(0.0, together / alone - 1)}
             Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

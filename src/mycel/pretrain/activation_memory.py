@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mycel.collectives.apply import fit, lay_out, named_weights
 from mycel.collectives.ranks import make_ranks
 from mycel.collectives.step import Trainer
 from mycel.collectives.together import together
 from mycel.decisions.keeping import MIB
+from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
 from mycel.rounds.footprint import Footprint
 from mycel.rounds.laboratory import Measured
@@ -34,17 +35,7 @@ ROWS, LENGTH, BLOCKS = 8, 64, 8
 def small(blocks: int, hidden: int = 32) -> LlamaForCausalLM:
     """Return a decoder with a small vocabulary, so that its blocks hold most of what is kept."""
     torch.manual_seed(5)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=blocks,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        )
-    )
+    return LlamaForCausalLM(llama_config(hidden, blocks, 64, 3 * hidden))
 
 
 def held_by(device: torch.device, shares: Sequence[float]) -> list[dict[str, Any]]:

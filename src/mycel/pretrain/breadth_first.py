@@ -14,13 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
 from mycel.collectives.bubbles import Action, bubble, expected
 from mycel.collectives.ranks import make_ranks
 from mycel.collectives.step import Trainer, full_gradients, targets_of
 from mycel.collectives.together import together
+from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
 from mycel.rounds.laboratory import Measured
 
@@ -34,17 +35,7 @@ LENGTH, VOCABULARY = 16, 64
 def decoder(blocks: int) -> LlamaForCausalLM:
     """Return a small decoder in double precision, the same in every process."""
     torch.manual_seed(5)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=blocks,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
-        )
-    ).double()
+    return LlamaForCausalLM(llama_config(32, blocks, VOCABULARY, 48, tie_word_embeddings=True)).double()
 
 
 def scheduled(layout: Layout, blocks: int, work: float, device: torch.device) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mycel.collectives.copies import DiskCopies
 from mycel.collectives.enduring import Enduring
 from mycel.collectives.formation import Recovery
 from mycel.collectives.membership import Line
 from mycel.collectives.units import Chain
+from mycel.models.random_llama import llama_config
 from mycel.pretrain.bamboo import Bamboo
 from mycel.pretrain.gemini import Gemini
 from mycel.pretrain.oobleck import Oobleck
@@ -75,16 +76,7 @@ def model_of(drill: Drill) -> LlamaForCausalLM:
     blocks, hidden, _, length = drill.shape
     torch.manual_seed(drill.seed)
     return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=blocks,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=length,
-            tie_word_embeddings=drill.tied,
-        )
+        llama_config(hidden, blocks, 64, 2 * hidden, 2, max_position_embeddings=length, tie_word_embeddings=drill.tied)
     )
 
 

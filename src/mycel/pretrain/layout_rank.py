@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
 from mycel.collectives.layout import layouts
-from mycel.collectives.ranks import make_ranks
+from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
+from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
 from mycel.rounds.footprint import Footprint
 
@@ -25,15 +26,7 @@ ROWS, LENGTH, STEPS = 8, 64, 4
 
 def config() -> LlamaConfig:
     """Four blocks, wide enough that operators cost more than their launches."""
-    return LlamaConfig(
-        vocab_size=512,
-        hidden_size=160,
-        intermediate_size=480,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    return llama_config(160, 4, 512, 480)
 
 
 def candidates(ranks: int) -> Iterator[Layout]:
@@ -69,13 +62,10 @@ def measure(layout: Layout) -> dict[str, Any]:
 def main() -> None:
     """Measure everything; rank 0 writes it down."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
+    with process_group():
         rows = [measure(layout) for layout in candidates(dist.get_world_size())]
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(rows), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

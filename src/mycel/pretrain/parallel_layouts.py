@@ -77,17 +77,9 @@ def ranked_alike(left: Sequence[float], right: Sequence[float]) -> float:
 
 def large_layouts(width: int, blocks: int, length: int, rows: int = 512) -> list[tuple[Layout, float, bool]]:
     """Every layout of a large model over 64 accelerators: step seconds, and whether it fits."""
-    from transformers import LlamaConfig
+    from mycel.models.random_llama import llama_config
 
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 256 * 256,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 128,
-        num_key_value_heads=width // 128,
-        tie_word_embeddings=False,
-    )
+    config = llama_config(width, blocks, 32000, width * 8 // 3 // 256 * 256, width // 128)
     work, known, found = Work(graph_of(config, length), rows), Coefficients(operation=2e-5, call=5e-6), []
     for pieces in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         for plain in layouts(64, config, rows, length, pieces):

@@ -78,18 +78,12 @@ def calibrated(found: Probed, seconds: float) -> Probed:
 
 def _step(shape: tuple[int, int, int, int], seconds: float) -> tuple[float, Graph, float]:
     """Median seconds of a step, the model's chain, and the factor on activations."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from mycel.models.random_llama import llama_config
 
     hidden, blocks, batch, length = shape
-    config: Any = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    config: Any = llama_config(hidden, blocks, 1024, 3 * hidden)
     model, graph = LlamaForCausalLM(config).train(), graph_of(config, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     rows, taken = torch.randint(0, 1024, (batch, length)), list[float]()

@@ -32,7 +32,7 @@ from mycel.recipe.schema import Layout, Recipe
 from mycel.rounds.algebra import seed_of
 from mycel.rounds.registry import load_system
 from mycel.run.folder import RunFolder, write_json
-from mycel.run.island import save_weights, start_weights, write_tokens
+from mycel.run.island import about, save_weights, start_weights, write_tokens
 from mycel.run.log import EventLog
 from mycel.wire.parcel import Parcel
 
@@ -101,17 +101,10 @@ def run_enduring(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
         recoveries = [each for each in reports[min(reports)].header["recoveries"] if each["epoch"]]
         first = min(losses, default=recipe.rounds.count)
         result = {
-            "title": recipe.title,
-            "system": recipe.system,
-            "recipe": {**recipe.model_dump(mode="json"), "sha256": recipe.sha256()},
-            "seed": recipe.seed,
-            "layout": recipe.layout.model_dump(mode="json"),
-            "ranks": ranks_of(recipe.layout),
+            **about(recipe, (before, after)),
             "stayed": sorted(keeper.stayed),
             "recoveries": recoveries,
-            "rounds": [],
             "curve": {"first_step": first, "losses": [losses[step] for step in sorted(losses)]},
-            "final": {"loss": after, "mixture": {"base": before, "federated": after}},
             "seconds": round(time.monotonic() - started, 3),
         }
         write_json(folder.result, result)

@@ -129,11 +129,9 @@ def save_weights(base: Base, weights: dict[str, torch.Tensor], folder: RunFolder
     save_model(base, folder.model)
 
 
-def _result(
-    recipe: Recipe, ranks: Ranks, store: TokenStore, course: Course, losses: tuple[float, float], seconds: float
-) -> dict[str, Any]:
-    before, after = (loss if math.isfinite(loss) else None for loss in losses)
-    steps = sorted(course.seconds)
+def about(recipe: Recipe, losses: tuple[float | None, float | None]) -> dict[str, Any]:
+    """Return what every result of an island says: which run it was, and the held-out loss before and after."""
+    before, after = losses
     return {
         "title": recipe.title,
         "system": recipe.system,
@@ -141,13 +139,23 @@ def _result(
         "seed": recipe.seed,
         "layout": recipe.layout.model_dump(mode="json"),
         "ranks": ranks_of(recipe.layout),
+        "rounds": [],
+        "final": {"loss": after, "mixture": {"base": before, "federated": after}},
+    }
+
+
+def _result(
+    recipe: Recipe, ranks: Ranks, store: TokenStore, course: Course, losses: tuple[float, float], seconds: float
+) -> dict[str, Any]:
+    before, after = (loss if math.isfinite(loss) else None for loss in losses)
+    steps = sorted(course.seconds)
+    return {
+        **about(recipe, (before, after)),
         "parties": [
             {"name": name, "samples": len(store.train(index)), "tokens": int(store.train(index).lengths().sum())}
             for index, name in enumerate(store.names)
         ],
-        "rounds": [],
         "curve": {"first_step": course.first, "losses": course.losses},
-        "final": {"loss": after, "mixture": {"base": before, "federated": after}},
         "bytes": {"up": course.sent, "down": course.sent},
         "step_seconds": steps[len(steps) // 2] if steps else None,
         "seconds": round(seconds, 3),
