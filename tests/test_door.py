@@ -309,7 +309,8 @@ def test_an_edge_drafts_and_the_door_verifies(place: Place) -> None:
         assert place.gauge("mycel_iterations") - before <= 24 / 4, "guesses of the same model were refused"
         drawn = Sampling(1.0, seed=11)
         assert ask(drawn) == ask(drawn) != ask(Sampling(1.0, seed=12))
-        assert len(ask(Sampling(0.8, top_p=0.9), 40)[1]) == 40
+        free = ask(Sampling(0.8, top_p=0.9), 40)[1]  # without a seed any token may come, one that ends the text too
+        assert len(free) == 40 or free[-1] in served.ends
         assert place.gauge("mycel_pages_held") == 0
     finally:
         served.backend.close()

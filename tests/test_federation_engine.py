@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 import json
+import socket
 import struct
 
 from flwr.app import Context, Message, RecordDict
@@ -32,7 +33,7 @@ from mycel.data.parties import load_parties
 from mycel.engines.engine import Arrival, Engine
 from mycel.engines.flower.apps import BESIDE, client, pack, server, unpack
 from mycel.engines.flower.engine import FlowerEngine
-from mycel.engines.line import LINE, Control, accept, listen, receive, send
+from mycel.engines.line import LINE, Control, accept, dial, listen, receive, send, serve
 from mycel.engines.resident import PartyHost, Resident
 from mycel.federation.demo import write_examples
 from mycel.federation.execute import Federated
@@ -116,16 +117,11 @@ class Parties:
         self.doors = [listen(folder / f"party-{node}") for node in range(3)]
         for node, door in enumerate(self.doors):
             resident = Resident(hosts[node], f"party {node}", folder / f"home-{node}")
-            threading.Thread(target=self._serve, args=(node, door, resident), daemon=True).start()
+            threading.Thread(target=serve, args=(door, self._reply(node, resident)), daemon=True).start()
         self.grid: MemoryGrid | None = None
 
-    def _serve(self, node: int, door: Any, resident: Resident) -> None:
-        while True:
-            try:
-                with accept(door) as line:
-                    send(line, *self.hostile.get(node, resident.reply)(*receive(line)))
-            except (EOFError, OSError):
-                return
+    def _reply(self, node: int, resident: Resident) -> Callable[[Control, bytes], tuple[Any, bytes]]:
+        return lambda control, frame: self.hostile.get(node, resident.reply)(control, frame)
 
     def engine(self, part: int = 1 << 20, most: int = 1 << 24, job: str = "") -> FlowerEngine:
         """Start a ServerApp and return the engine at the other end of its line: a run that no party has seen."""
@@ -165,6 +161,22 @@ async def _ask(engine: Engine, frame: bytes, generation: int = 1) -> Arrival:
     arrival = await engine.answer(engine.now() + 60)
     assert arrival is not None
     return arrival
+
+
+@pytest.mark.parametrize("said", [b"", b"\x00\x00", struct.pack("!i", 9), struct.pack("!i", 9) + b"half", b"\x00" * 8])
+def test_whoever_ends_in_the_middle_of_a_word_is_not_the_last_to_be_answered(said: bytes, tmp_path: Path) -> None:
+    door = listen(tmp_path / "line")
+    answering = threading.Thread(target=serve, args=(door, lambda control, frame: (control, frame)))
+    answering.start()
+    with socket.socket(socket.AF_UNIX) as broken:
+        broken.connect(str(tmp_path / "line"))
+        broken.sendall(said)
+    with dial(str(tmp_path / "line")) as line:
+        send(line, {"verb": "name"}, b"whole")
+        assert receive(line) == ({"verb": "name"}, b"whole")
+    door.shutdown(socket.SHUT_RDWR)
+    answering.join()
+    door.close()
 
 
 def test_engine_obeys_the_contract() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -53,6 +53,18 @@ def listen(path: Path) -> socket.socket:
 def accept(door: socket.socket) -> Connection:
     """Wait for whoever dials."""
     return opened(door.accept()[0])
+
+
+def serve(door: socket.socket, reply: Callable[[Control, bytes], tuple[Control, bytes]]) -> None:
+    """Answer whoever dials, one after another, until the door is closed."""
+    while True:
+        try:
+            line = accept(door)
+        except OSError:
+            return
+        # Whoever asked may end in the middle of a word; the next one is answered all the same.
+        with line, suppress(EOFError, OSError, ValueError):
+            send(line, *reply(*receive(line)))
 
 
 def opened(caller: socket.socket) -> Connection:

@@ -16,7 +16,7 @@ from pathlib import Path
 from mycel.engines import children
 from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
-from mycel.engines.line import accept, listen, receive, send
+from mycel.engines.line import listen, serve
 from mycel.engines.resident import PartyHost, Resident
 from mycel.federation.hub import split
 from mycel.federation.place import state_folder
@@ -107,15 +107,4 @@ class Seat:
         """Answer messages in a thread of their own, one after another."""
         resident = Resident(self.host, self.name, self.folder / "home")
         self._door = door = listen(self._work / "line")
-
-        def answer() -> None:
-            while True:
-                try:
-                    with accept(door) as line:
-                        send(line, *resident.reply(*receive(line)))
-                except (EOFError, BrokenPipeError, ConnectionError):
-                    continue
-                except OSError:  # the door was closed
-                    return
-
-        threading.Thread(target=answer, daemon=True, name="mycel-party").start()
+        threading.Thread(target=serve, args=(door, resident.reply), daemon=True, name="mycel-party").start()
