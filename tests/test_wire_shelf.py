@@ -6,11 +6,19 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from mycel.errors import EngineError
+from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
+from mycel.rounds.pieces import step_in_pieces
+from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Simulation
+from mycel.rounds.system import Answer, with_role
+from mycel.wire.parcel import Limits, Parcel
 from mycel.wire.shelf import Shelf
+from mycel.wire.waiting import Shelved
+from rounds_by_hand import SMALL
 
 
 def test_a_shelf_gives_back_what_was_put_there_and_its_room(tmp_path: Path) -> None:
@@ -32,6 +40,32 @@ def test_a_shelf_gives_back_what_was_put_there_and_its_room(tmp_path: Path) -> N
 def test_a_shelf_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"of 3 bytes cannot be set aside in .*gone: No such file.*--resume"):
         Shelf(budget=0, folder=tmp_path / "gone").keep(b"abc")
+    parcel = Parcel("work", {}, {"shared/a": torch.ones(2)})
+    with pytest.raises(EngineError, match=r"of 8 bytes cannot be set aside in .*os error 2.*--resume"):
+        Shelf(folder=tmp_path).file(lambda path: parcel.to_file(path / "beneath"), parcel.size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_in_memory_are_decoded_once_for_all_their_tensors(lab: Laboratory, tmp_path: Path) -> None:
+    recipe = Recipe().replace({"model.base": "micro", **SMALL})
+    world, system = lab.world(recipe), load_system(recipe)
+    state = system.begin(world)
+    update = {name: torch.full_like(tensor, 0.5) for name, tensor in state.shared.items()}
+    frame = Parcel("answer", {"samples": 1}, with_role("update", update)).to_bytes()
+    opened: list[int] = []
+
+    class Counted(Shelved):
+        def load(self) -> Parcel:
+            opened.append(1)
+            return super().load()
+
+    in_memory = Answer(0, Counted(Shelf().keep(frame), Limits()), 1, 0, 1.0)
+    in_a_file = Answer(1, Shelved(Shelf(budget=0, folder=tmp_path).keep(frame), Limits()), 1, 0, 1.0)
+    expected = system.step(state, system.combine(state, [in_memory, in_a_file]))
+    opened.clear()
+    moved = step_in_pieces(system, state.but(shared=dict(state.shared)), [in_memory, in_a_file])
+    assert moved.sha256() == expected.sha256()
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("system", ["fedavg", "scaffold", "flora_stacking"])

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from mycel.errors import ParcelError
-from mycel.wire.parcel import Limits, Parcel
+from mycel.wire.parcel import Limits, Parcel, check_name
+from mycel.wire.shelf import Frame, pieces_of
 
 TEXT_RUN = 24  # bytes in a row of one text that nobody sends by chance
 TOKEN_RUN = 8  # token ids in a row
 FLOAT_RUN = 8  # numbers in a row
 WIDTHS = (np.int16, np.int32, np.int64, np.uint16)
+OUTLINED = 1 << 22  # bytes of a header that are read for an outline
+TOLD = 4096  # tensors that an outline names
 
 
 @dataclass(frozen=True)
@@ -122,21 +125,39 @@ class Audit:
         }
 
 
-def outline(frame: bytes) -> dict[str, list[int]]:
-    """Return names and shapes of a frame's tensors, as they were before the codecs, without reading their content."""
+def outline(frame: Frame) -> dict[str, list[int]]:
+    """Return names and shapes of a frame's tensors, as they were before the codecs, from its header alone.
+
+    The frame was checked by nobody: what no parcel of sensible size would say is told as ``(unreadable)``.
+    """
+    unreadable = {"(unreadable)": [len(frame)]}
     try:
         length = int.from_bytes(frame[:8], "little")
+        if length > OUTLINED:
+            return unreadable
         listing = json.loads(frame[8 : 8 + length])
         coded = json.loads(listing.pop("__metadata__")["mycel"]).get("shapes", {})
         plain = {name: part["shape"] for name, part in listing.items() if name.partition("|")[0] not in coded}
-        return dict(sorted((coded | plain).items()))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return {"(unreadable)": [len(frame)]}
+        found = dict(sorted((coded | plain).items()))
+        for name, shape in found.items():
+            check_name(name)
+            if type(shape) is not list or len(shape) > 16 or not all(_is_size(size) for size in shape):
+                return unreadable
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ParcelError):
+        return unreadable
+    return found if len(found) <= TOLD else unreadable
 
 
-def digest_of(frame: bytes) -> str:
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 <= size < 1 << 40
+
+
+def digest_of(frame: Frame) -> str:
     """Name of a frame by its content."""
-    return hashlib.sha256(frame).hexdigest()
+    found = hashlib.sha256()
+    for piece in pieces_of(frame):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _marks(private: Private) -> Iterator[tuple[str, bytes]]:

@@ -24,7 +24,7 @@ from mycel.rounds.site import limits
 from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel
-from mycel.wire.shelf import Shelf
+from mycel.wire.shelf import Frame, Shelf
 from mycel.wire.waiting import Shelved, Waiting
 
 ATTEMPTS = 8  # at a round whose sum cannot be opened, one after another
@@ -54,7 +54,7 @@ class Coordinator:
     progress: Progress = field(default_factory=Progress)
     latest: list[Answer] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)
-    wiretap: Callable[[str, int, str, bytes], None] | None = None
+    wiretap: Callable[[str, int, str, Frame], None] | None = None
     _arrived: dict[int, Answer] = field(default_factory=dict)
     _letters: dict[int, Parcel] = field(default_factory=dict)
     _present: tuple[int, ...] | None = None

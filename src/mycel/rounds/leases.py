@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mycel.engines.engine import Arrival, Engine, Request
-from mycel.errors import ParcelError
+from mycel.errors import MycelError, ParcelError
 from mycel.rounds.deadline import Deadlines
 from mycel.rounds.progress import Progress, Record
 from mycel.rounds.sealing import is_letter
@@ -56,7 +56,7 @@ class Leases:
     meter: Meter = field(default_factory=Meter)
     held: dict[int, Lease] = field(default_factory=dict)
     deadlines: Deadlines = field(default_factory=Deadlines)
-    wiretap: Callable[[str, int, str, bytes], None] | None = None
+    wiretap: Callable[[str, int, str, Frame], None] | None = None
     shelf: Shelf = field(default_factory=Shelf)
     _sent: tuple[Parcel, Frame] | None = None
 
@@ -151,8 +151,16 @@ class Leases:
         return self.deadlines.of(request, self.engine, self.world.recipe.rounds.patience)
 
     def _tap(self, direction: str, node: int, kind: str, frame: Frame) -> None:
-        if self.wiretap is not None:
-            self.wiretap(direction, node, kind, bytes(frame))
+        """Show a frame to whoever watches; an answer was checked by nobody yet, so that it may surprise them."""
+        if self.wiretap is None:
+            return
+        try:
+            self.wiretap(direction, node, kind, frame)
+        except MycelError:  # what is the matter with the watcher itself, such as a full disk
+            raise
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"[:200]
+            self.record("unwatched", round=self.progress.version, node=node, kind=kind, detail=detail)
 
 
 def _purpose(kind: str) -> str:

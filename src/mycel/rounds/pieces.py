@@ -51,20 +51,20 @@ def step_in_pieces(system: System, state: State, answers: Sequence[Answer]) -> S
         for answer in answers
         if isinstance(answer.sent, Shelved) and answer.sent.frame.path is not None
     }
+    whole = [answer if answer.node in loaded else replace(answer, sent=answer.parcel) for answer in answers]
     moved = {}
     for name in list(state.shared):
         part = state.but(shared={name: state.shared.pop(name)})
         pieces = [
             replace(answer, sent=Piece(loaded[answer.node], f"update/{name}"))
             if answer.node in loaded
-            else replace(answer, sent=_only(answer, f"update/{name}"))
-            for answer in answers
+            else replace(answer, sent=_only(answer.parcel, f"update/{name}"))
+            for answer in whole
         ]
         moved[name] = system.step(part, system.combine(part, pieces)).shared[name]
     return state.but(shared=moved)
 
 
-def _only(answer: Answer, name: str) -> Parcel:
+def _only(parcel: Parcel, name: str) -> Parcel:
     """Cut an answer that fits in memory down to one tensor."""
-    parcel = answer.parcel
     return Parcel(parcel.kind, parcel.header, {name: parcel.tensors[name]})

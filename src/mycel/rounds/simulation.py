@@ -27,7 +27,7 @@ from mycel.rounds.site import Job
 from mycel.rounds.system import State, System
 from mycel.rounds.world import Node, World
 from mycel.wire.meter import Meter
-from mycel.wire.shelf import Shelf
+from mycel.wire.shelf import Frame, Shelf
 
 Workers = Inline | WorkerPool
 
@@ -82,7 +82,7 @@ class Simulation:
     record: Record = lambda event, **fields: None
     checkpoint: Callable[[Coordinator], None] = lambda coordinator: None
     shelf: Shelf = field(default_factory=Shelf)
-    wiretap: Callable[[str, int, str, bytes], None] | None = None
+    wiretap: Callable[[str, int, str, Frame], None] | None = None
 
     def run(
         self,

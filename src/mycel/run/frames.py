@@ -20,11 +20,14 @@ from mycel.errors import RunError
 from mycel.guard.audit import Audit, Private, digest_of, outline
 from mycel.models.base import find_base, open_base
 from mycel.run.checkpoint import homes_of, read_checkpoint
-from mycel.run.folder import RunFolder, read_recipe, write_bytes, writing
+from mycel.run.folder import RunFolder, read_recipe, write_bytes, write_file, writing
 from mycel.wire.parcel import Parcel, Tensors
+from mycel.wire.shelf import Frame, write_frame
 
 LISTING = "frames.jsonl"
 MOST = 20_000  # crossings that are listed; beyond them a run says so
+TOLD = 1 << 24  # characters of unlike outlines; those beyond, which only somebody hostile sends, are told as one
+UNTOLD: dict[str, list[int]] = {"(too many unlike frames)": []}
 
 
 @dataclass
@@ -43,10 +46,11 @@ class FrameRecorder:
     keep: bool
     _known: set[str] = field(default_factory=set)
     _outlines: dict[str, int] = field(default_factory=dict)
+    _told: int = 0
     _listed: int = -1
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, direction: str, node: int, kind: str, frame: bytes) -> None:
+    def __call__(self, direction: str, node: int, kind: str, frame: Frame) -> None:
         """Take note of one frame."""
         with self._writing, writing(self.folder):
             if self._listed < 0:
@@ -56,8 +60,11 @@ class FrameRecorder:
             line: dict[str, Any] = {"direction": direction, "node": node, "kind": kind, "bytes": len(frame)}
             tensors = outline(frame)
             mark = json.dumps(tensors)
+            if mark not in self._outlines and self._told + len(mark) > TOLD:
+                tensors, mark = UNTOLD, json.dumps(UNTOLD)
             if mark not in self._outlines:  # told once, and by its number from then on
                 line["tensors"] = tensors
+                self._told += len(mark)
             line["outline"] = self._outlines.setdefault(mark, len(self._outlines))
             if self.keep:
                 line["sha256"] = self._store(frame)
@@ -76,12 +83,13 @@ class FrameRecorder:
         for line in lines:
             if "tensors" in line:
                 self._outlines[json.dumps(line["tensors"])] = int(line["outline"])
+        self._told = sum(map(len, self._outlines))
         self._listed = len(lines)
 
-    def _store(self, frame: bytes) -> str:
+    def _store(self, frame: Frame) -> str:
         name = digest_of(frame)
         if name not in self._known and not (self.folder / name).exists():
-            write_bytes(self.folder / name, frame)
+            write_file(self.folder / name, lambda path: write_frame(frame, path))
         self._known.add(name)
         return name
 

@@ -6,13 +6,16 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mycel.errors import EngineError
 
 IN_MEMORY = 1 << 25  # bytes
+PIECE = 1 << 22
 SUFFIX = ".frame"
 
 
@@ -49,6 +52,12 @@ class Kept:
 Frame = bytes | Kept
 
 
+def pieces_of(frame: Frame) -> Iterator[bytes]:
+    """Yield a frame's bytes in pieces, so that one which waits in a file is never whole in memory."""
+    for start in range(0, len(frame), PIECE):
+        yield frame[start : start + PIECE]
+
+
 @dataclass
 class Shelf:
     """Keeps frames.
@@ -77,7 +86,7 @@ class Shelf:
             kept = Kept(frame, len(frame))
             weakref.finalize(kept, self._give_back, len(frame)).atexit = False
         else:
-            kept = self.file(lambda path: _write(path, frame), len(frame))
+            kept = self.file(lambda path: write_frame(frame, path), len(frame))
         return kept
 
     def file(self, write: Callable[[Path], object], length: int) -> Kept:
@@ -89,11 +98,12 @@ class Shelf:
             os.close(descriptor)
             path = Path(name)
             write(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             if path is not None:
                 path.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
             raise EngineError(
-                f"a frame of {length:,} bytes cannot be set aside in {where}: {error.strerror}; "
+                f"a frame of {length:,} bytes cannot be set aside in {where}: {reason}; "
                 "make room, and `--resume` goes on from the last round"
             ) from error
         kept = Kept(path, path.stat().st_size)
@@ -105,6 +115,8 @@ class Shelf:
             self.held -= length
 
 
-def _write(path: Path, frame: bytes) -> None:
+def write_frame(frame: Frame, path: Path) -> None:
+    """Copy a frame into a file."""
     with path.open("wb") as file:
-        file.write(frame)
+        for piece in pieces_of(frame):
+            file.write(piece)
