@@ -105,6 +105,17 @@ def test_wrong_measurements_platforms_calls_and_replays_are_refused(platform: Pl
         carry(*carried[0])
 
 
+def test_a_damaged_argument_ends_its_call_and_not_the_enclave(platform: Platform, enclave: Enclave) -> None:
+    visitor = Visitor(enclave, platform.public, [PROGRAM.measurement()])
+    visitor.call("put", Parcel("call", {}, {"values": torch.ones(3)}))
+    for argument in (Parcel("call"), Parcel("call", {}, {"values": torch.ones(2)})):
+        with pytest.raises(ParcelError, match="the call is damaged"):
+            visitor.call("put", argument)
+    with pytest.raises(ParcelError, match="the call is damaged"):
+        enclave._exchange(b"call")
+    assert visitor.call("get").tensors["total"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_padded_layers_are_exact_in_fixed_point_and_pads_serve_once() -> None:
     source = np.random.default_rng(1)
     weight = source.normal(size=(24, 40)).astype(np.float32)

@@ -12,7 +12,7 @@ import torch
 from mycel.engines.leaving import Leaving
 from mycel.errors import ParcelError, RecipeError
 from mycel.guard.contract import Guard, PartyGuard, Sealed, Shapes
-from mycel.guard.enclosed import PROGRAM, EnclaveGuard, EnclaveParty, simulated
+from mycel.guard.enclosed import PROGRAM, EnclaveGuard, EnclaveParty, gather, release, simulated
 from mycel.guard.encrypted import CkksGuard, CkksParty, _most
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
@@ -137,6 +137,16 @@ def test_an_enclave_hands_its_sum_out_once_and_refuses_replays() -> None:
         guard.close()
 
 
+def test_an_update_that_is_refused_leaves_no_trace_in_the_enclave() -> None:
+    """Neither its names nor its shapes bind those who come after it."""
+    memory: dict[str, Any] = {"settings": {"least": 2}}
+    with pytest.raises(ParcelError, match="NaN"):
+        gather(memory, Parcel("call", {"weight": 1}, {"b": torch.tensor([float("nan")])}))
+    for _ in range(2):
+        gather(memory, Parcel("call", {"weight": 1, "within": True}, {"a": torch.ones(3)}))
+    assert release(memory, Parcel("call")).tensors["a"].tolist() == [2.0] * 3
+
+
 def test_parties_leave_when_the_attestation_is_not_what_they_asked_for() -> None:
     other = simulated().start(PROGRAM)
 
@@ -176,3 +186,17 @@ def test_keys_that_are_damaged_leave_a_party_out_and_liars_are_outvoted() -> Non
     assert _most([b"true", b"lie", b"true"]) == b"true"
     with pytest.raises(ParcelError, match="agree"):
         _most([b"true", b"lie"])
+
+
+@pytest.mark.parametrize("size", [0, 3, 12, 20])
+def test_sums_of_the_wrong_length_are_refused(size: int) -> None:
+    pytest.importorskip("tenseal")
+    guard, table = CkksGuard({"a": (3,)}, dict.fromkeys(range(3), 1)), Table(CkksParty())
+    answers = sealed(guard, table, asyncio.run(guard.prepare(table.post, range(3))))
+
+    async def post(messages: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        opened = {"letter/opened": torch.zeros(size, dtype=torch.uint8)}
+        return dict.fromkeys(messages, Parcel("answer", {}, opened))
+
+    with pytest.raises(ParcelError, match=f"has {size} bytes where 16 belong"):
+        asyncio.run(guard.open(post, answers))

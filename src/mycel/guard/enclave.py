@@ -234,6 +234,8 @@ def _serve(connection: Connection, program: Program, signing: bytes, sealing: by
             verdict = b"done"
         except MycelError as error:
             verdict, answer = b"refused", str(error).encode()
+        except Exception as error:  # whatever a visitor's argument brings about ends its call, never the enclave
+            verdict, answer = b"refused", f"the call is damaged: {type(error).__name__}: {error}"[:200].encode()
         connection.send_bytes(verdict)
         connection.send_bytes(answer)
 

@@ -37,11 +37,11 @@ def gather(memory: dict[str, Any], argument: Parcel) -> Parcel:
     if type(weight) is not int or weight < 1 or memory.get("released"):
         raise ParcelError("the sum was handed out before, or an update does not say what it counts for")
     update = {name: value.numpy().astype(np.float64) for name, value in sorted(argument.tensors.items())}
+    if not all(np.isfinite(value).all() for value in update.values()):
+        raise ParcelError("an update holds NaN or infinity")
     total = memory.setdefault("total", {name: np.zeros_like(value) for name, value in update.items()})
     if {name: value.shape for name, value in update.items()} != {name: value.shape for name, value in total.items()}:
         raise ParcelError("an update has other names or shapes than those before it")
-    if not all(np.isfinite(value).all() for value in update.values()):
-        raise ParcelError("an update holds NaN or infinity")
     for name, value in update.items():
         total[name] += weight * value
     for key, number in (("count", 1), ("weight", weight), ("within", int(within is True))):

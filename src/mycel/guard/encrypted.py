@@ -42,11 +42,9 @@ class CkksGuard(Guard):
     weights: Mapping[int, int]
     tag: str = field(default_factory=lambda: os.urandom(16).hex())
     keys: bytes = b""
-    whole: int = 0
 
     async def prepare(self, post: Post, cohort: Sequence[int]) -> list[int]:
         """Let one party make the key and hand its secret half to the others."""
-        self.whole = sum(self.weights[node] for node in cohort)
         found = await post({node: Parcel(f"{KIND}keys", {"tag": self.tag}) for node in cohort})
         public = {node: read(letter, "keys") for node, letter in sorted(found.items())}
         bad = [node for node, key in public.items() if len(key) != KEY_BYTES]
@@ -74,6 +72,11 @@ class CkksGuard(Guard):
                 return maker, made
         raise ParcelError("no party made a key to encrypt under")
 
+    @property
+    def whole(self) -> int:
+        """What the weights of all parties add up to."""
+        return sum(self.weights.values())
+
     def terms(self) -> dict[str, Any]:
         """The tag, what all weights add up to, and how many they are."""
         return {"tag": self.tag, "whole": self.whole, "parties": len(self.weights)}
@@ -99,9 +102,12 @@ class CkksGuard(Guard):
         asked = Parcel(f"{KIND}reveal", {"tag": self.tag, "arrived": sorted(nodes)}, _laid(total))
         found = (await post(dict.fromkeys(sorted(nodes)[:JUDGES], asked))).values()
         values = _most([read(letter, "opened") for letter in found])
+        count = size_of(self.shapes) + 1
+        if len(values) != 4 * count:
+            raise ParcelError(f"what was decrypted has {len(values)} bytes where {4 * count} belong")
         sums = torch.frombuffer(bytearray(values), dtype=torch.float32).double()
-        if len(sums) != size_of(self.shapes) + 1 or not bool(torch.isfinite(sums).all()):
-            raise ParcelError(f"what was decrypted has {len(sums)} numbers where {size_of(self.shapes) + 1} belong")
+        if not bool(torch.isfinite(sums).all()):
+            raise ParcelError("what was decrypted holds NaN or infinity")
         names = sorted(self.shapes)
         parts = torch.split(sums[:-1] * self.whole, [prod(self.shapes[name]) for name in names])
         opened = {name: part.reshape(self.shapes[name]).float() for name, part in zip(names, parts, strict=True)}
