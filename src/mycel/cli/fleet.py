@@ -30,17 +30,17 @@ def probe(
     from mycel.fleet.probe import refuse_existing, write_probe
 
     refuse_existing(out)
-    from mycel.run.calibrating import calibrated
+    from mycel.run.calibrating import calibrate
 
     with Console(stderr=True).status("measuring this machine"):
-        found = calibrated(measure(seconds / 3), 2 * seconds / 3)
+        found = measure(*calibrate(0.9 * seconds), 0.1 * seconds)
     write_probe(out, found)
     if as_json:
         print(json.dumps({**asdict(found), "file": str(out)}, indent=2, allow_nan=False))
         return
     Console().print(
-        f"{found.name}: {found.gflops:.1f} GFLOP/s training on one of {found.cores} cores, {found.memory_gib:.1f} GiB "
-        f"free; ranks exchange {1e-6 / found.calibration['copy']:,.0f} MB/s, "
+        f"{found.name}: {found.gflops:.1f} GFLOP/s training on one of {found.calibration['cores']:.0f} cores, "
+        f"{found.memory_gib:.1f} GiB free; ranks exchange {1e-6 / found.calibration['copy']:,.0f} MB/s, "
         f"{1e6 * found.calibration['call']:.0f} us a call\n"
         f"written to {out}; add watts, prices and the links that really join the machines, then: "
         f"mycel plan island --fleet {out}"

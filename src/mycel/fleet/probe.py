@@ -1,13 +1,12 @@
-"""What this machine can do, measured: sustained training speed, memory, and the loopback link, in thirty seconds."""
+"""What this machine offers, measured: memory and the loopback link, beside the speed it was calibrated to."""
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import tomli_w
 
 from mycel.errors import EngineError
 
-WIDTH = 256  # of the matrices that are multiplied: those of a small decoder
 BURST = 8 << 20  # bytes of one message over the link
 PINGS = 50
 
@@ -27,16 +25,15 @@ class Probed:
     Attributes
     ----------
     calibration : dict of str to float
-        How its ranks depart from nominal speed; empty where that was not measured.
+        How its ranks depart from nominal speed.
     """
 
     name: str
     gflops: float
     memory_gib: float
-    cores: int
     mbps: float
     latency_ms: float
-    calibration: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, float]
 
     def to_toml(self) -> str:
         """Return a fleet file with this one device; watts and prices are for whoever knows them."""
@@ -47,39 +44,21 @@ class Probed:
             "memory_gib": self.memory_gib,
             "link": link,
         }
-        calibration = {"calibration": self.calibration} if self.calibration else {}
-        return tomli_w.dumps({**calibration, "device": [device]})
+        return tomli_w.dumps({"calibration": self.calibration, "device": [device]})
 
 
-def probe(seconds: float = 10.0) -> Probed:
-    """Measure this machine for about so many seconds.
+def probe(gflops: float, calibration: dict[str, float], seconds: float = 2.0) -> Probed:
+    """Measure this machine's memory, and for about so many seconds its link.
 
     Raises
     ------
     EngineError
-        Speed or link could not be measured.
+        The link could not be measured.
     """
     import psutil
 
     memory = psutil.virtual_memory().available / (1 << 30)
-    mbps, latency = _link(seconds * 0.3)
-    speed = _speed(seconds * 0.6)
-    return Probed(socket.gethostname(), round(speed, 2), round(memory, 2), os.cpu_count() or 1, mbps, latency)
-
-
-def _speed(seconds: float) -> float:
-    """Median of 10^9 operations a second over training passes of a feed-forward layer on all cores."""
-    import torch
-
-    layer = torch.nn.Sequential(torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.SiLU(), torch.nn.Linear(4 * WIDTH, WIDTH))
-    rows, found = torch.randn(512, WIDTH), list[float]()
-    flops = 6.0 * rows.shape[0] * sum(parameter.numel() for parameter in layer.parameters())
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(found) < 3:
-        started = time.perf_counter()
-        layer(rows).square().mean().backward()
-        found.append(flops / (time.perf_counter() - started) / 1e9)
-    return statistics.median(found)
+    return Probed(socket.gethostname(), gflops, round(memory, 2), *_link(seconds), calibration)
 
 
 def _link(seconds: float) -> tuple[float, float]:

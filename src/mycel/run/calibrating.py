@@ -26,7 +26,6 @@ import torch
 from mycel.decisions.cost import NOMINAL, Work, memory_of
 from mycel.decisions.graph import Graph, graph_of
 from mycel.errors import EngineError
-from mycel.fleet.probe import Probed
 from mycel.recipe.schema import Layout
 from mycel.rounds.footprint import Footprint
 
@@ -34,8 +33,8 @@ SHAPES = ((64, 2, 4, 32), (128, 4, 8, 64), (128, 2, 16, 64), (192, 4, 8, 128), (
 PASSES = 3.0  # of a block in a step: one forward, and two back
 
 
-def calibrated(found: Probed, seconds: float) -> Probed:
-    """Return what was probed with the speed of one core that trains, and with how ranks of this machine depart from it.
+def calibrate(seconds: float) -> tuple[float, dict[str, float]]:
+    """Return 10^9 operations a second of one core that trains, and how ranks of this machine depart from that.
 
     Raises
     ------
@@ -62,18 +61,14 @@ def calibrated(found: Probed, seconds: float) -> Probed:
     if not inverse:
         raise EngineError("this machine's speed could not be measured: it was too busy; try again, or longer --seconds")
     speed = round(1e-9 / inverse, 3)
-    return replace(
-        found,
-        gflops=speed,
-        calibration={
-            "operation": operation,
-            "update": update,
-            **pace,
-            "activation": factor,
-            "reference": speed,
-            "cores": float(os.cpu_count() or 1),
-        },
-    )
+    return speed, {
+        "operation": operation,
+        "update": update,
+        **pace,
+        "activation": factor,
+        "reference": speed,
+        "cores": float(os.cpu_count() or 1),
+    }
 
 
 def _step(shape: tuple[int, int, int, int], seconds: float) -> tuple[float, Graph, float]:
