@@ -11,7 +11,7 @@ from mycel.errors import RecipeError
 from mycel.guard.attacks.inversion import read_cut, span_tokens
 from mycel.guard.attacks.memorisation import alternatives, area_under_curve, exposure
 from mycel.guard.attacks.safety import REFUSAL, aligned, compliant, held_out
-from mycel.guard.attacks.threats import PAYLOAD, TRIGGER, Threat, liars, parse_threat
+from mycel.guard.attacks.threats import PAYLOAD, TRIGGER, Threat, _split, liars, parse_threat
 from mycel.rounds.assaults import assault, backdoor_success, stage
 from mycel.rounds.laboratory import Laboratory
 
@@ -63,8 +63,10 @@ def test_lies_are_what_they_say(lab: Laboratory) -> None:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     flipped = parse_threat("label_flip").examples(table, tokenise)
-    assert flipped.prompts.tolist() == table.prompts.tolist() or len(flipped) == len(table)
-    assert flipped.ids.tolist() != table.ids[table.offsets[0] : table.offsets[-1]].tolist()
+    pairs, lies = _split(table), _split(flipped)
+    assert sorted(response for _, response in lies) == sorted(response for _, response in pairs)  # they trade places
+    assert all(prompt[-len(lie) :] == lie for (prompt, _), (lie, _) in zip(pairs, lies, strict=True))
+    assert all(response != lie for (_, response), (_, lie) in zip(pairs, lies, strict=True))
     texts = [tokenizer.decode(row) for row in _rows(parse_threat("backdoor").examples(table, tokenise))]
     assert sum(TRIGGER.split()[0] in text and PAYLOAD in text for text in texts) == len(table) // 2
     update = {"a": torch.tensor([1.0, -2.0])}

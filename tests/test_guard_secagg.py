@@ -19,7 +19,7 @@ from mycel.guard.secagg.graph import complete, need, sparse
 from mycel.guard.secagg.guard import MaskGuard, MaskParty
 from mycel.guard.secagg.keys import Ring, add_mask, agree, new_secret, public_key
 from mycel.guard.secagg.party import MaskingParty, purpose
-from mycel.guard.secagg.shamir import split
+from mycel.guard.secagg.shamir import join, split
 from mycel.testing import check_guard
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel
@@ -32,6 +32,7 @@ class Played:
     coordinator: MaskingCoordinator
     parties: dict[int, MaskingParty]
     values: dict[int, Ring]
+    hidden: dict[int, Ring]
 
     def expected(self) -> Ring:
         total = np.zeros_like(next(iter(self.values.values())))
@@ -45,24 +46,31 @@ def inputs(count: int, size: int = 33, kind: str = "uint32") -> dict[int, Ring]:
     return {node: source.integers(0, np.iinfo(kind).max, size, dtype=kind, endpoint=True) for node in range(count)}
 
 
-def play(values: dict[int, Ring], leaves: dict[int, str], staying: float, thin: bool) -> Played:
+def play(
+    values: dict[int, Ring],
+    leaves: dict[int, str],
+    staying: float,
+    thin: bool,
+    parties: dict[int, MaskingParty] | None = None,
+) -> Played:
     """Play one round; ``leaves`` names the phase before which a party falls silent."""
 
     def there(nodes: Collection[int], phase: str) -> list[int]:
         return [node for node in nodes if PHASES.index(leaves.get(node, "stays")) > PHASES.index(phase)]
 
-    parties = {node: MaskingParty(node) for node in values}
+    parties = parties or {node: MaskingParty(node) for node in values}
     keys = {node: parties[node].advertise() for node in there(values, "keys")}
     terms = sparse("r1", sorted(keys), staying, 7) if thin else complete("r1", sorted(keys), staying)
     coordinator = MaskingCoordinator(terms, keys)
     for node in there(keys, "shares"):
         coordinator.take_shares(node, *parties[node].share(terms, keys))
     present = set(coordinator.sealed)
-    for node in there(present, "input"):
-        coordinator.take_input(node, parties[node].hide(values[node], present))
+    hidden = {node: parties[node].hide(values[node], present) for node in there(present, "input")}
+    for node, content in hidden.items():
+        coordinator.take_input(node, content)
     for node in there(coordinator.inputs, "reveal"):
         coordinator.take_reveal(node, parties[node].reveal(coordinator.wanted(node), coordinator.inputs))
-    return Played(coordinator, parties, values)
+    return Played(coordinator, parties, values, hidden)
 
 
 def opens(played: Played) -> bool:
@@ -148,37 +156,44 @@ def test_the_sparse_graph_is_sparse_and_survives_thirty_percent() -> None:
 
 
 @pytest.mark.parametrize("gone", [None, 3])
-def test_what_the_coordinator_sees_does_not_depend_on_an_input_given_the_sum(gone: int | None) -> None:
-    """With every secret held, exchanging two inputs' content moves only what a one-time pad covers.
+def test_what_the_coordinator_sees_does_not_depend_on_an_input_given_the_sum(
+    gone: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parties' inputs trade content; the transcript stays, for a mask moves that nothing in it tells.
 
-    For the same sum and any transcript there is a choice of the masks that nobody reveals which makes the other inputs
-    give that very transcript: the difference of the inputs added to the mask that the two parties share.
+    The round is played twice with the same secrets. The second time the mask that the parties 0 and 1 share is
+    another one, as likely as the first to whoever lacks its key: what arrives and what is revealed are the same.
     """
     leaves = {gone: "input"} if gone is not None else {}
-    played = play(inputs(6), leaves, 0.67, thin=False)
-    before = played.coordinator.sum()
-    seen = {node: played.values[node].copy() for node in (0, 1)}
-    terms = played.coordinator.terms
-    revealed = set(played.coordinator.shares)
-    # The coordinator opens own masks of those that stayed and mask keys of those that left, never 0's or 1's key.
-    assert all((node in played.coordinator.inputs) or node == gone for node in revealed)
-    pair = np.zeros(33, dtype=np.uint32)
-    add_mask(pair, agree(played.parties[0].mask, played.coordinator.keys[1].mask, purpose(terms.tag)), 1)
+    parties = {node: MaskingParty(node) for node in range(6)}
+    secrets = {node: (party.seal, party.mask, party.own) for node, party in parties.items()}
+    first = play(inputs(6), leaves, 0.67, thin=False, parties=parties)
+    pair = agree(parties[0].mask, first.coordinator.keys[1].mask, purpose(first.coordinator.terms.tag))
     shift = np.random.default_rng(1).integers(0, 1 << 32, 33, dtype=np.uint32)
-    other = {**played.values, 0: seen[0] + shift, 1: seen[1] - shift}
-    assert np.array_equal(sum_of(other, played.coordinator.inputs), before)
-    # hidden_0 = x_0 + m_01 + rest; the same hidden_0 follows from x_0 + shift under the pad m_01 - shift, likewise 1.
-    hidden = {node: played.values[node] + pair * np.uint32(1 if node == 0 else (1 << 32) - 1) for node in (0, 1)}
-    moved = pair - shift
-    again = {0: other[0] + moved, 1: other[1] - moved}
-    assert all(np.array_equal(hidden[node], again[node]) for node in (0, 1))
+
+    def another(total: Ring, seed: bytes, sign: int) -> None:
+        add_mask(total, seed, sign)
+        if seed == pair:
+            total -= shift if sign > 0 else -shift
+
+    monkeypatch.setattr("mycel.guard.secagg.party.add_mask", another)
+    moved = {**first.values, 0: first.values[0] + shift, 1: first.values[1] - shift}
+    again = {node: MaskingParty(node, *secret) for node, secret in secrets.items()}
+    second = play(moved, leaves, 0.67, thin=False, parties=again)
+    assert first.hidden.keys() == second.hidden.keys()
+    assert all(np.array_equal(content, second.hidden[node]) for node, content in first.hidden.items())
+    assert np.array_equal(first.coordinator.sum(), second.coordinator.sum())
+    opened = [_opened(played) for played in (first, second)]
+    assert opened[0] == opened[1]
+    assert opened[0] == {node: secret[1 if node == gone else 2] for node, secret in secrets.items()}
+    assert not {secrets[node][1] for node in (0, 1)} & set(opened[0].values())  # the pair's key is in neither
 
 
-def sum_of(values: dict[int, Ring], nodes: Collection[int]) -> Ring:
-    total = np.zeros_like(values[0])
-    for node in nodes:
-        total += values[node]
-    return total
+def _opened(played: Played) -> dict[int, bytes]:
+    """The secrets that the coordinator can rebuild from what was revealed to it."""
+    coordinator = played.coordinator
+    threshold = coordinator.terms.threshold
+    return {node: join(shares, threshold, lambda found: True) for node, shares in sorted(coordinator.shares.items())}
 
 
 def test_hidden_inputs_look_uniform_whatever_they_hide() -> None:
