@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+LIBC = ctypes.CDLL(None)  # opened before any fork: another thread may hold the loader's lock at that moment
 
 
 def start(
@@ -33,7 +34,7 @@ def start(
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel signal this process once its parent has ended, however it ended."""
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

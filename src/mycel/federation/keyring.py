@@ -33,6 +33,7 @@ from mycel.guard.keys import (
     spki,
     write_secret,
 )
+from mycel.run.folder import write_bytes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -75,7 +76,7 @@ class Keyring:
         identity = issue(Identity.load(self.path / "authority.pem"), name, days=days)
         path = self.path / "operators" / f"{name}.pem"
         identity.save(path)
-        path.with_suffix(".crt").write_bytes(pem(identity.certificate))
+        write_bytes(path.with_suffix(".crt"), pem(identity.certificate))
         return path
 
     def operators(self) -> dict[str, bytes]:
@@ -142,7 +143,8 @@ class Keyring:
 
     def _admit(self, name: str, certificate: Certificate) -> None:
         used = [int(path.name[:3]) for folder in ("admitted", "revoked") for path in (self.path / folder).glob("*.crt")]
-        (self.path / "admitted" / f"{max(used, default=-1) + 1:03}-{name}.crt").write_bytes(pem(certificate))
+        # Whole or not at all: a coordinator that is running looks into the folder at each request.
+        write_bytes(self.path / "admitted" / f"{max(used, default=-1) + 1:03}-{name}.crt", pem(certificate))
 
     def _admitted(self) -> list[Path]:
         return sorted((self.path / "admitted").glob("[0-9][0-9][0-9]-*.crt"))
