@@ -23,7 +23,7 @@ import json
 import socket
 import struct
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
@@ -72,6 +72,7 @@ class MemoryGrid(Grid):  # type: ignore[misc]
         self._contexts, self._numbers = contexts, itertools.count(1)
         self._replies: dict[str, Message] = {}
         self.carried: list[tuple[int, int]] = []
+        self.crashes = 0
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -99,6 +100,10 @@ class MemoryGrid(Grid):  # type: ignore[misc]
         return numbers
 
     def _deliver(self, number: str, message: Message) -> None:
+        if self.crashes:
+            self.crashes -= 1
+            self._replies[number] = Message(Error(code=7, reason="the app has crashed"), reply_to=message)
+            return
         reply = client(message, self._contexts[message.metadata.dst_node_id])
         self.carried.append((len(unpack(message.content)[1]), len(unpack(reply.content)[1])))
         self._replies[number] = reply
@@ -232,6 +237,20 @@ def test_an_answer_longer_than_allowed_is_refused_before_it_travels() -> None:
     _run(program)
 
 
+@pytest.mark.parametrize("crashes", [2, 3])
+def test_a_question_that_is_lost_on_the_way_is_asked_again_before_it_counts(crashes: int) -> None:
+    async def program(parties: Parties) -> None:
+        engine = parties.engine()
+        assert parties.grid is not None
+        parties.grid.crashes = crashes
+        control, _ = await engine.question(70, {"verb": "describe", "node": 0})
+        assert control.get("said") == (None if crashes == 3 else {"samples": 1})
+        assert ("error" in control) == (crashes == 3)
+        await engine.close()
+
+    _run(program)
+
+
 def test_a_cut_line_is_an_error_and_not_a_wait() -> None:
     async def program(parties: Parties) -> None:
         engine = parties.engine()
@@ -271,10 +290,15 @@ def test_whatever_a_party_says_becomes_an_answer_or_a_refusal(answers: list[tupl
 
 @dataclass
 class Nearby:
-    """A coordinator whose line is open already."""
+    """A coordinator whose line is open already, and whose SuperLink was started again: its old numbers mean nobody."""
 
-    seats: dict[str, int]
+    numbers: dict[str, int]
     secure: bool = True
+    looks: int = 0
+
+    def seats(self) -> dict[str, int]:
+        self.looks += 1
+        return {name: number + 1000 * (self.looks == 1) for name, number in self.numbers.items()}
 
     async def line(self, job: str) -> Connection:
         raise AssertionError(job)

@@ -59,6 +59,7 @@ class Federated(Execution):
     coordinator: Coordinator | None = None
     declined: dict[str, str] = field(default_factory=dict)
     cleaned: dict[str, dict[str, int]] = field(default_factory=dict)
+    seats: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Carry the run to its end and return the content of ``result.json``."""
@@ -181,9 +182,9 @@ class Federated(Execution):
                 if len(nodes) == wanted:
                     engine.addresses = [address for _, address in chosen]
                     return nodes
-            elif self.declined and len(self.hub.seats) - len(self.declined) < wanted:
+            elif self.declined and len(self.seats) - len(self.declined) < wanted:
                 said = "; ".join(f"{name} says that {why}" for name, why in self.declined.items())
-                raise EngineError(f"{wanted} parties are needed, and of {len(self.hub.seats)} some decline: {said}")
+                raise EngineError(f"{wanted} parties are needed, and of {len(self.seats)} some decline: {said}")
             else:
                 await asyncio.sleep(LOOK)
 
@@ -206,14 +207,14 @@ class Federated(Execution):
         """Return who is there, in the order of admission; where anyone may join, in the order of names."""
         there = await engine.nodes()
         if self.hub.secure:
-            return {name: address for name, address in self.hub.seats.items() if address in there}
-        known = self.hub.seats
-        fresh = [address for address in there if address not in known.values()]
+            self.seats = await asyncio.to_thread(self.hub.seats)
+            return {name: address for name, address in self.seats.items() if address in there}
+        fresh = [address for address in there if address not in self.seats.values()]
         for address, (control, _) in zip(
             fresh, await asyncio.gather(*(engine.question(node, {"verb": "name"}) for node in fresh)), strict=True
         ):
-            known[str(control.get("said", {}).get("name", address))] = address
-        return {name: address for name, address in sorted(known.items()) if address in there}
+            self.seats[str(control.get("said", {}).get("name", address))] = address
+        return {name: address for name, address in sorted(self.seats.items()) if address in there}
 
 
 def _node(index: int, name: str, control: Mapping[str, Any]) -> Node | str:

@@ -31,8 +31,10 @@ PATIENCE = 60.0  # seconds for an answer of the coordinator's own
 class Reach(Protocol):
     """A coordinator."""
 
-    seats: dict[str, int]
     secure: bool
+
+    def seats(self) -> dict[str, int]:
+        """Return the SuperLink's number of each party's node; one that was started again has given out new ones."""
 
     async def line(self, job: str) -> Connection:
         """Begin Flower's run and return the line to its ServerApp."""
@@ -50,7 +52,11 @@ class Here:
     def __init__(self, address: str) -> None:
         self._address = address
         self._post: Post = read_post(address)
-        self.seats, self.secure = self._post.seats, self._post.secure
+        self.secure = self._post.secure
+
+    def seats(self) -> dict[str, int]:
+        """Return the SuperLink's number of each party's node."""
+        return read_post(self._address).seats
 
     async def line(self, job: str) -> Connection:
         """Begin Flower's run and return the line to its ServerApp."""
@@ -70,7 +76,6 @@ class Elsewhere:
 
     address: str
     key: Path
-    seats: dict[str, int] = field(default_factory=dict)
     secure: bool = True
     _latest: bytes = b""
     _closing: bool = False
@@ -87,8 +92,11 @@ class Elsewhere:
     def overview(self) -> dict[str, Any]:
         """Return how the coordinator, its gate and its latest run stand."""
         found: dict[str, Any] = json.loads(self._ask(STATUS, b""))
-        self.seats = {name: int(number) for name, number in found["seats"].items()}
         return {**found, "address": self.address}
+
+    def seats(self) -> dict[str, int]:
+        """Return the SuperLink's number of each party's node."""
+        return {name: int(number) for name, number in self.overview()["seats"].items()}
 
     def _ask(self, path: str, body: bytes) -> bytes:
         host, port = split(self.address)

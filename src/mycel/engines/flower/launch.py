@@ -24,23 +24,17 @@ name = "mycel"
 version = "1.0.0"
 license = { file = "LICENSE" }
 dependencies = ["flwr>=1.41.0"]
-
 [tool.flwr.app]
 publisher = "mycel"
 fab-format-version = 1
 flwr-version-target = "1.41.0"
-
 [tool.flwr.app.components]
 serverapp = "mycel_apps:server"
 clientapp = "mycel_apps:client"
-
 [tool.flwr.app.config]
 job = ""
 """
-MODULE = """from mycel.engines.flower.apps import client, server
-
-__all__ = ["client", "server"]
-"""
+MODULE = 'from mycel.engines.flower.apps import client, server\n\n__all__ = ["client", "server"]\n'
 
 
 @dataclass(frozen=True)
