@@ -8,117 +8,21 @@ import http.client
 import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cryptography", reason="the federation extra is not installed")
 
+from gated import APP, POLL, PUSH, Target, Town, call, gate
 from mycel.errors import RunError
 from mycel.federation.keyring import Keyring
-from mycel.guard import gates
-from mycel.guard.gates import BETWEEN, REQUEST, CoordinatorGate, OpenGate, PartyGate, client_context, server_context
+from mycel.guard.freshness import TOLERANCE, Signatures
+from mycel.guard.gates import BETWEEN, REQUEST, OpenGate, PartyGate
 from mycel.guard.keys import Identity, issue, make_authority, pem, spki
-from mycel.wire.relay import Policy, Relay
-
-PUSH, POLL, APP = "/v1/fleet/push-object", "/v1/fleet/pull-messages", "/v1/fleet/get-fab"
-
-
-class Target:
-    """What stands behind a gate: it remembers what reached it, and answers a poll only once it has something."""
-
-    def __init__(self) -> None:
-        self.reached: list[tuple[str, int]] = []
-        self.empty_polls = 0
-        self.app = b""
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while head := await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b"":
-            lines = head.decode().split("\r\n")
-            length = int(next(line for line in lines if line.lower().startswith("content-length")).split(":")[1])
-            left = length
-            while left:
-                if not (piece := await reader.read(min(left, 1 << 16))):
-                    return
-                left -= len(piece)
-            path = lines[0].split()[1]
-            self.reached.append((path, length))
-            body = b"answer"
-            if path == POLL and self.empty_polls:
-                self.empty_polls -= 1
-                body = b""
-            if path == APP:
-                body = self.app
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
-            await writer.drain()
-
-
-@asynccontextmanager
-async def gate(policy: Policy, server: ssl.SSLContext | None = None) -> AsyncIterator[tuple[Target, int, Relay]]:
-    target = Target()
-    behind = await asyncio.start_server(_quietly(target.serve), "127.0.0.1", 0)
-    relay = Relay(("127.0.0.1", behind.sockets[0].getsockname()[1]), policy, server)
-    before = await relay.start("127.0.0.1", 0)
-    try:
-        yield target, before.sockets[0].getsockname()[1], relay
-    finally:
-        before.close()
-        await relay.close()
-        behind.close()
-
-
-Serving = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-def _quietly(serve: Serving) -> Serving:
-    async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await serve(reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    return guarded
-
-
-def _call(
-    port: int, path: str, context: ssl.SSLContext | None, key: bytes = b"", signature: str = "one", body: bytes = b"x"
-) -> tuple[int, bytes]:
-    connection = (
-        http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
-        if context
-        else http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    )
-    headers = {"flwr-public-key": base64.b64encode(key).decode(), "flwr-signature": signature}
-    try:
-        connection.request("POST", path, body, headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
-class Town:
-    """An authority, two parties that it admitted, and the coordinator's own certificate, as files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ring = Keyring.make(folder / "keys", ["127.0.0.1"], ["clinic", "institute"])
-        self.identities = {name: Identity.load(self.file(name)) for name in ("clinic", "institute")}
-        self.policy = CoordinatorGate(self.ring.parties)
-        self.server = server_context(folder / "keys" / "coordinator.pem", folder / "keys" / "authority.crt")
-
-    def file(self, name: str) -> Path:
-        return self.folder / "keys" / "parties" / f"{name}.pem"
-
-    def key(self, name: str) -> bytes:
-        return spki(self.identities[name].key.public_key())
-
-    def context(self, bundle: Path | None) -> ssl.SSLContext:
-        return client_context(self.folder / "keys" / "authority.crt", bundle)
+from mycel.wire.relay import Relay
 
 
 @pytest.fixture
@@ -174,8 +78,8 @@ def test_an_admitted_party_passes_and_is_counted_by_the_kernel(town: Town) -> No
     context, key, size = town.context(town.file("clinic")), town.key("clinic"), 1 << 20
     answers, target, _ = _through(
         town,
-        lambda port: _call(port, PUSH, context, key, "a", bytes(size)),
-        lambda port: _call(port, POLL, context, key, "b"),
+        lambda port: call(port, PUSH, context, key, "a", bytes(size)),
+        lambda port: call(port, POLL, context, key, "b"),
     )
     assert answers == [(200, b"answer"), (200, b"answer")]
     assert target.reached == [(PUSH, size), (POLL, 1)]
@@ -193,16 +97,16 @@ def test_strangers_stay_out(town: Town, tmp_path: Path) -> None:
     key = spki(unknown.key.public_key())
 
     def refused_by_tls(bundle: Path | None) -> Callable[[int], tuple[int, bytes]]:
-        def call(port: int) -> tuple[int, bytes]:
+        def attempt(port: int) -> tuple[int, bytes]:
             with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
-                _call(port, POLL, town.context(bundle), key)
+                call(port, POLL, town.context(bundle), key)
             return 0, b""
 
-        return call
+        return attempt
 
     def plain(port: int) -> tuple[int, bytes]:
         with pytest.raises((ConnectionError, http.client.HTTPException)):
-            _call(port, POLL, None, key)
+            call(port, POLL, None, key)
         return 0, b""
 
     answers, target, relay = _through(
@@ -211,7 +115,7 @@ def test_strangers_stay_out(town: Town, tmp_path: Path) -> None:
         refused_by_tls(None),
         refused_by_tls(tmp_path / "outsider.pem"),
         refused_by_tls(tmp_path / "expired.pem"),
-        lambda port: _call(port, POLL, town.context(tmp_path / "unknown.pem"), key),
+        lambda port: call(port, POLL, town.context(tmp_path / "unknown.pem"), key),
     )
     assert answers[-1] == (403, b"the certificate's key is not, or no longer, admitted")
     assert sum(relay.refused.values()) == 1
@@ -223,9 +127,9 @@ def test_a_revoked_key_is_refused_from_that_moment(town: Town) -> None:
 
     def after(port: int) -> tuple[int, bytes]:
         town.ring.revoke("clinic")
-        return _call(port, POLL, context, key, "two")
+        return call(port, POLL, context, key, "two")
 
-    answers, target, _ = _through(town, lambda port: _call(port, POLL, context, key, "one"), after)
+    answers, target, _ = _through(town, lambda port: call(port, POLL, context, key, "one"), after)
     assert [status for status, _ in answers] == [200, 403]
     assert len(target.reached) == 1
 
@@ -234,27 +138,39 @@ def test_a_replayed_request_another_ones_key_and_the_control_interface_are_refus
     context, key, other = town.context(town.file("clinic")), town.key("clinic"), town.key("institute")
     answers, target, relay = _through(
         town,
-        lambda port: _call(port, POLL, context, key, "one"),
-        lambda port: _call(port, POLL, context, key, "one"),
-        lambda port: _call(port, POLL, context, key, ""),
-        lambda port: _call(port, POLL, context, other, "two"),
-        lambda port: _call(port, "/v1/control/start-run", context, key, "three"),
-        lambda port: _call(port, "/v1/runtime/get-nodes", context, key, "four"),
-        lambda port: _call(port, "/v1/fleet/register-node", context, key, "five"),
+        lambda port: call(port, POLL, context, key, "one"),
+        lambda port: call(port, POLL, context, key, "one"),
+        lambda port: call(port, POLL, context, key, ""),
+        lambda port: call(port, POLL, context, other, "two"),
+        lambda port: call(port, "/v1/control/start-run", context, key, "three"),
+        lambda port: call(port, "/v1/runtime/get-nodes", context, key, "four"),
+        lambda port: call(port, "/v1/fleet/register-node", context, key, "five"),
     )
     assert [status for status, _ in answers] == [200, *[403] * 6]
     assert target.reached == [(POLL, 1)]
     assert sum(relay.refused.values()) == 6
 
 
-def test_a_signature_is_remembered_as_long_as_it_would_be_taken(town: Town) -> None:
-    moment = [0.0]
-    policy = CoordinatorGate(town.ring.parties, clock=lambda: moment[0])
-    assert policy._fresh("one")
-    moment[0] = gates.TOLERANCE
-    assert not policy._fresh("one")
-    moment[0] = 2 * gates.TOLERANCE + 1
-    assert policy._fresh("one")
+def test_a_signature_is_remembered_as_long_as_it_would_be_taken() -> None:
+    known = Signatures()
+    assert not known.objection("one", 0.0)
+    assert known.objection("one", TOLERANCE) == "the request was sent before"
+    assert not known.objection("one", 2 * TOLERANCE + 1)
+    assert len(known.seen) == 1
+
+
+def test_a_clock_that_is_off_is_named_as_the_reason(town: Town) -> None:
+    context, key = town.context(town.file("clinic")), town.key("clinic")
+
+    def at(seconds: float) -> Callable[[int], tuple[int, bytes]]:
+        moment = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+        return lambda port: call(port, POLL, context, key, f"at {seconds}", timestamp=moment)
+
+    answers, _, relay = _through(town, at(0), at(-200), at(-400), at(60), at(4))
+    assert [status for status, _ in answers] == [200, 200, 403, 403, 200]
+    assert b"the party's clock is more than 280 s behind the coordinator's" in answers[2][1]
+    assert b"the party's clock is more than 5 s ahead of the coordinator's" in answers[3][1]
+    assert len(relay.refused) == 2
 
 
 def test_floods_are_refused_before_they_are_read(town: Town) -> None:
@@ -274,7 +190,7 @@ def test_floods_are_refused_before_they_are_read(town: Town) -> None:
         connection.close()
         return found
 
-    floods = [lambda port, n=n: _call(port, PUSH, context, key, f"n{n}", bytes(size)) for n in range(whole - 1)]
+    floods = [lambda port, n=n: call(port, PUSH, context, key, f"n{n}", bytes(size)) for n in range(whole - 1)]
     answers, target, _ = _through(town, too_long, *floods)
     assert answers[0] == (403, b"the request is too long")
     assert all(status == 200 for status, _ in answers[1:])
@@ -282,7 +198,7 @@ def test_floods_are_refused_before_they_are_read(town: Town) -> None:
 
     def last(port: int) -> tuple[int, bytes]:
         try:
-            return _call(port, PUSH, context, key, "last", bytes(size))
+            return call(port, PUSH, context, key, "last", bytes(size))
         except OSError:  # refused while it was still being sent
             return 403, b""
 
@@ -296,7 +212,7 @@ def test_a_poll_waits_at_the_gate_until_there_is_something() -> None:
     async def program() -> None:
         async with gate(OpenGate()) as (target, port, _):
             target.empty_polls = 5
-            answer = await asyncio.to_thread(_call, port, POLL, None)
+            answer = await asyncio.to_thread(call, port, POLL, None)
             assert answer == (200, b"answer")
             assert len(target.reached) == 6
 
@@ -307,15 +223,35 @@ def test_a_party_lets_no_other_app_in() -> None:
     async def program() -> None:
         async with gate(PartyGate(b"our own app")) as (target, port, relay):
             target.app = b"\x0a\x0b" + b"our own app" + b"hash"
-            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 200
+            assert (await asyncio.to_thread(call, port, APP, None))[0] == 200
             target.app = b"\x0a\x0b" + b"another app" + b"hash"
-            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 502
+            assert (await asyncio.to_thread(call, port, APP, None))[0] == 502
             target.app = b"our own app" + bytes(2000)
-            assert (await asyncio.to_thread(_call, port, APP, None))[0] == 502
-            assert (await asyncio.to_thread(_call, port, "/v1/control/start-run", None))[0] == 403
+            assert (await asyncio.to_thread(call, port, APP, None))[0] == 502
+            assert (await asyncio.to_thread(call, port, "/v1/control/start-run", None))[0] == 403
             assert sum(relay.refused.values()) == 3
 
     asyncio.run(program())
+
+
+def test_why_the_coordinator_refuses_stands_in_the_partys_log_once(
+    town: Town, caplog: pytest.LogCaptureFixture
+) -> None:
+    moment = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+
+    async def program() -> None:
+        async with gate(town.policy, town.server) as (_, port, _):
+            relay = Relay(("127.0.0.1", port), PartyGate(b""), None, town.context(town.file("clinic")))
+            door = await relay.start("127.0.0.1", 0)
+            own = door.sockets[0].getsockname()[1]
+            for sign in "abc":
+                await asyncio.to_thread(call, own, POLL, None, town.key("clinic"), sign, timestamp=moment)
+            door.close()
+            await relay.close()
+
+    asyncio.run(program())
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "mycel.party"]
+    assert "the coordinator refuses: the party's clock is more than 280 s behind" in said
 
 
 def test_a_caller_cut_off_in_the_middle_of_anything_harms_nobody_else() -> None:
@@ -330,7 +266,7 @@ def test_a_caller_cut_off_in_the_middle_of_anything_harms_nobody_else() -> None:
         async with gate(OpenGate()) as (target, port, relay):
             for length in (0, 1, 10, len(head), len(head) + 1, len(whole) - 1, len(whole)):
                 await asyncio.to_thread(cut, port, length)
-            assert await asyncio.to_thread(_call, port, PUSH, None) == (200, b"answer")
+            assert await asyncio.to_thread(call, port, PUSH, None) == (200, b"answer")
             assert (PUSH, 1) in target.reached
             while relay._tasks:
                 await asyncio.sleep(0.01)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +16,17 @@ import pytest
 
 from cutting_line import KINDS, WAYS, cutting_line
 from thin_line import thin_line
+from villages import RECIPE, Operator, go, in_the_middle_of, rounds, slowed
 
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
 from mycel.data.parties import PartyData, load_parties
-from mycel.federation.demo import PROGRAM, Village, village
+from mycel.federation.demo import Village, village
 from mycel.federation.keyring import Keyring
 from mycel.recipe import load_recipe
 from mycel.run.execute import run_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-RECIPE = [
-    'data.parties="dirichlet(0.5)"',
-    "data.count=3",
-    "data.examples=24",
-    "data.held_out=8",
-    "compare=[]",
-    "model.base=micro",
-    "rounds.count=3",
-    "rounds.local_steps=2",
-    "trainable.rank=64",  # adapters of 0.6 MB, beside which what Flower adds to a message is small
-]
-Events = list[dict[str, Any]]
-
-
-@dataclass
-class Going:
-    """A run in a process of its own."""
-
-    village: Village
-    out: Path
-    process: subprocess.Popen[bytes]
-
-    def events(self) -> Events:
-        path = self.out / "events.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def until(self, seen: Callable[[Events], bool]) -> None:
-        """Wait for something in the log, or for the end."""
-        while self.process.poll() is None and not seen(self.events()):
-            time.sleep(0.1)
-
-    def finish(self) -> dict[str, Any]:
-        assert self.process.wait() == 0, self.words()
-        found: dict[str, Any] = json.loads((self.out / "result.json").read_text())
-        return found
-
-    def words(self) -> str:
-        return (self.village.folder / "run.log").read_text()[-2000:]
-
-
-def go(made: Village, out: Path, *arguments: str) -> Going:
-    options = ("--out", str(out), "--on", made.address, *arguments)
-    return Going(made, out, made.start("run", "quickstart", *RECIPE, *options, log="run"))
-
-
-@dataclass
-class Operator:
-    """Somebody on another machine: with a home, a working directory and one file of the federation's own."""
-
-    folder: Path
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "MYCEL_STATE": str(self.folder / "state"), "OMP_NUM_THREADS": "1"}
-        with (self.folder / "words").open("wb") as words:
-            return subprocess.Popen(
-                [*PROGRAM, *arguments], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=words
-            )
-
-    def ask(self, *arguments: str) -> tuple[int, str]:
-        """Run a command; return its status, and its answer or its words."""
-        process = self.start(*arguments)
-        said, _ = process.communicate()
-        return process.returncode, said.decode() if not process.returncode else (self.folder / "words").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +34,6 @@ def operator(made: Village, tmp_path_factory: pytest.TempPathFactory) -> Operato
     folder = tmp_path_factory.mktemp("elsewhere")
     Keyring(made.folder / "keys").add_operator("anna").rename(folder / "anna.pem")
     return Operator(folder)
-
-
-def rounds(events: Events) -> int:
-    return sum(event["event"] == "round" for event in events)
-
-
-def in_the_middle_of(number: int) -> Callable[[Events], bool]:
-    """Whether a round has begun and is not over; answers may come all at once, so not even one is waited for."""
-    return lambda events: rounds(events) == number - 1 and bool(events) and events[-1]["event"] in {"ask", "answer"}
 
 
 @pytest.fixture(scope="module")
@@ -244,26 +169,6 @@ def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: 
     assert (drop["node"], drop["reason"]) == ("party-2", "declined")
     logs = (made.folder / "state" / "parties").glob("*party-2/party.log")  # one for each address it joined at
     assert any("rows allows 10" in log.read_text() for log in logs)
-
-
-@contextmanager
-def slowed(process: subprocess.Popen[bytes], share: float) -> Iterator[None]:
-    """Let a process run for a share of the time only."""
-    ended = threading.Event()
-
-    def take_turns() -> None:
-        while not ended.wait(0.2 * share):
-            os.killpg(process.pid, signal.SIGSTOP)
-            ended.wait(0.2 * (1 - share))
-            os.killpg(process.pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=take_turns)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def test_the_run_goes_on_when_parties_are_killed_paused_or_slow(made: Village, tmp_path: Path) -> None:

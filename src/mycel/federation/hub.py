@@ -22,7 +22,8 @@ from mycel.federation.place import Post, state_folder, write_post
 from mycel.guard.gates import CoordinatorGate, OpenGate, client_context, server_context
 from mycel.guard.keys import Identity, issue, make_authority, openssh_public, pem
 from mycel.run.folder import write_json
-from mycel.wire.relay import Policy, Relay
+from mycel.wire.policy import Policy
+from mycel.wire.relay import Relay
 
 TICK = 1.0  # seconds between looks at who is admitted and whether the SuperLink is there
 logger = logging.getLogger("mycel.coordinator")

@@ -3,8 +3,9 @@
 Flower's SuperLink serves everything on one port, its unguarded control interface too, and a node runs whatever app the
 SuperLink hands it. So the SuperLink listens on the loopback alone. Before it stands the coordinator's gate: a TLS
 listener that demands a certificate of the authority, lets nothing pass but a node's own requests under the very key of
-that certificate, once each, and no more bytes than one message holds. On the other side, a party's nodes reach the
-world through the party's gate, which lets no app in but the relay that this version of Mycel installs.
+that certificate, once each, about the messages that were handed to it and no others (`handed.py`), and no more bytes
+than one message holds. On the other side, a party's nodes reach the world through the party's gate, which lets no app
+in but the relay that this version of Mycel installs.
 
 The coordinator's gate also mends what Flower leaves open when a line is cut: a message whose delivery nobody confirmed
 is delivered again, a part of an answer may come twice, and a node that died is taken off the list when its party comes
@@ -14,34 +15,37 @@ back, not a minute later.
 from __future__ import annotations
 
 import base64
+import logging
 import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
 
 from mycel.engines.flower.engine import PART
+from mycel.guard.freshness import Signatures, clock_is_off
+from mycel.guard.handed import ANSWER, CONFIRM, EXAMINED, FLEET, PULL, Handed
 from mycel.guard.keys import in_date, spki
+from mycel.wire.fields import varint
 from mycel.wire.http import Caller, Head, Reply
-from mycel.wire.relay import Door, Policy
+from mycel.wire.policy import Door, Policy
 
-FLEET = "/v1/fleet/"
 OPERATING = "/mycel/"
-POLL = "/v1/fleet/pull-messages"
+POLL = f"{FLEET}pull-messages"
 PUSH = f"{FLEET}push-object"
-CONFIRM = f"{FLEET}confirm-message-received"
 ACTIVATE, DEACTIVATE = f"{FLEET}activate-node", f"{FLEET}deactivate-node"
-APP = "/v1/fleet/get-fab"
-PARCELS = {f"{FLEET}{name}" for name in ("push-object", "pull-object", "push-messages")} | {CONFIRM}
+APP = f"{FLEET}get-fab"
+PARCELS = {PUSH, PULL, ANSWER, CONFIRM}
 ALLOWED = {f"{FLEET}{name}" for name in ("send-node-heartbeat", "get-run")}
 ALLOWED |= PARCELS | {ACTIVATE, DEACTIVATE, POLL, APP}
 UNKNOWN = {f"{FLEET}register-node", f"{FLEET}unregister-node"}  # what a node without a key asks for
 PURPOSE = {
-    f"{FLEET}push-object": "parcels",
-    f"{FLEET}pull-object": "parcels",
+    PUSH: "parcels",
+    PULL: "parcels",
     POLL: "polling",
     f"{FLEET}send-node-heartbeat": "polling",
 }
@@ -49,7 +53,7 @@ REQUEST = 1 << 23  # bytes of one request: Flower cuts what it sends into pieces
 BETWEEN = PART + PART // 4  # bytes that a party may send between two messages that it is given, repeats after cuts too
 REPEATS = 3  # deliveries of a message that is never confirmed
 REMEMBERED = 256  # parts of an answer whose storage is remembered; a message has some thirty
-TOLERANCE = 310.0  # seconds for which the SuperLink takes a signature
+logger = logging.getLogger("mycel.party")
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Traffic:
     unconfirmed: Reply | None = None
     repeats: int = 0
     stored: dict[bytes, Reply] = field(default_factory=dict)
+    handed: Handed = field(default_factory=Handed)
+    signatures: Signatures = field(default_factory=Signatures)
 
 
 @dataclass
@@ -85,8 +91,8 @@ class CoordinatorGate(Policy):
     operators: Callable[[], Mapping[str, bytes]] = dict
     desk: Door | None = None
     clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], datetime] = lambda: datetime.now(UTC)
     traffic: dict[str, Traffic] = field(default_factory=dict)
-    _used: dict[str, float] = field(default_factory=dict)
 
     def refuse(self, caller: Caller, head: Head) -> str:
         """Refuse strangers, what is not a node's or an operator's business, what was sent before, and floods."""
@@ -102,9 +108,12 @@ class CoordinatorGate(Policy):
             return "the certificate's key is not, or no longer, admitted"
         if base64.b64encode(key).decode() != head.headers.get("flwr-public-key"):
             return "the request is signed with another key than the connection's"
-        if not self._fresh(head.headers.get("flwr-signature", "")):
-            return "the request was sent before"
         traffic = self.traffic.setdefault(name, Traffic())
+        why = clock_is_off(head.headers.get("flwr-timestamp", ""), self.wall()) or traffic.signatures.objection(
+            head.headers.get("flwr-signature", ""), self.clock()
+        )
+        if why:
+            return why
         if head.path == CONFIRM:
             traffic.unconfirmed = None
         if head.path in PARCELS:
@@ -120,15 +129,16 @@ class CoordinatorGate(Policy):
         key = spki(certificate.public_key()) if in_date(certificate) else b""
         return next(((name, key) for name, known in admitted.items() if known == key), ("", b""))
 
-    def _fresh(self, signature: str) -> bool:
-        """Whether a signature was not seen while the SuperLink would take it."""
-        now = self.clock()
-        for old in [old for old, at in self._used.items() if now - at > TOLERANCE]:
-            del self._used[old]
-        if not signature or signature in self._used:
-            return False
-        self._used[signature] = now
-        return True
+    def examines(self, head: Head) -> bool:
+        """Look at what names objects and messages."""
+        return head.path in EXAMINED
+
+    def object_to_request(self, caller: Caller, head: Head, body: bytes) -> str:
+        """Refuse what is about another party's messages, or about none that was ever handed over."""
+        return self._traffic(caller).handed.objection(head.path, body)
+
+    def _traffic(self, caller: Caller) -> Traffic:
+        return self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
 
     def holds(self, head: Head) -> bool:
         """Hold back an empty poll: Flower's nodes sleep three seconds after each."""
@@ -143,7 +153,7 @@ class CoordinatorGate(Policy):
         name, _ = self._who(caller, self.parties())
         if head.path != ACTIVATE or status == 200 or not alone or name not in self.seats():
             return None
-        return DEACTIVATE, b"\x08" + _varint(self.seats()[name])  # field 1: the node's number
+        return DEACTIVATE, b"\x08" + varint(self.seats()[name])  # field 1: the node's number
 
     def door(self, head: Head) -> Door | None:
         """Leave operators to the desk."""
@@ -155,7 +165,7 @@ class CoordinatorGate(Policy):
 
     def settle(self, caller: Caller, digest: bytes, reply: Reply) -> Reply:
         """Say of a part that was stored before that it is stored."""
-        stored = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic()).stored
+        stored = self._traffic(caller).stored
         if reply.status == 200 and reply.body:
             stored[digest] = reply
             if len(stored) > REMEMBERED:
@@ -164,7 +174,7 @@ class CoordinatorGate(Policy):
 
     def kept(self, caller: Caller, head: Head) -> Reply | None:
         """Deliver a message again whose party asks for the next without a word on it: the line was cut."""
-        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
+        traffic = self._traffic(caller)
         if head.path != POLL or traffic.unconfirmed is None or traffic.repeats >= REPEATS:
             return None
         traffic.repeats += 1
@@ -172,19 +182,21 @@ class CoordinatorGate(Policy):
 
     def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
         """Keep a message until its party confirms that it came."""
-        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
+        traffic = self._traffic(caller)
         if head.path == POLL and reply is not traffic.unconfirmed:
             traffic.unconfirmed, traffic.repeats = (reply if reply.body and reply.status == 200 else None), 0
+            traffic.handed.note(reply.body)
 
     def forget(self) -> None:
         """Keep nothing of a SuperLink that has ended."""
         for traffic in self.traffic.values():
             traffic.unconfirmed = None
             traffic.stored.clear()
+            traffic.handed.names.clear()
 
     def passed(self, caller: Caller, head: Head, answered: int) -> None:
         """Count what crossed the socket, and give a party that was handed a message room for its answer."""
-        traffic = self.traffic.setdefault(self._who(caller, self.parties())[0], Traffic())
+        traffic = self._traffic(caller)
         purpose = PURPOSE.get(head.path, "protocol")
         if head.path == POLL and answered:
             traffic.since, purpose = 0, "protocol"
@@ -224,6 +236,7 @@ class PartyGate(Policy):
     """
 
     app: bytes
+    _told: str = ""
 
     def refuse(self, caller: Caller, head: Head) -> str:
         """Let a node's own requests out, nothing else."""
@@ -238,11 +251,11 @@ class PartyGate(Policy):
         known = self.app in body and len(body) < len(self.app) + 1024
         return "" if known else "the coordinator sends an app that this version of Mycel does not know"
 
-
-def _varint(number: int) -> bytes:
-    """Write a number as protobuf does: seven bits a byte, the least first."""
-    more = [number >> shift & 127 | 128 for shift in range(0, max(number.bit_length(), 1), 7)]
-    return bytes([*more[:-1], more[-1] & 127])
+    def told(self, why: str) -> None:
+        """Put the coordinator's refusals down in the party's log, each until there is another."""
+        if why != self._told:
+            self._told = why
+            logger.warning("the coordinator refuses: %s", why)
 
 
 def server_context(certificate: Path, authority: Path | None = None) -> ssl.SSLContext:

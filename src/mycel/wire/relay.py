@@ -12,70 +12,19 @@ import asyncio
 import hashlib
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import h11
 
 from mycel.wire.http import CHUNK, Caller, Head, Reply, Side, head_of, towards
+from mycel.wire.policy import Policy
 
+SENTENCE = 500  # bytes of a refusal that are told
 LOOKED_INTO = 1 << 22  # bytes of a body that a policy looks into, at most
 HELD = 15.0  # seconds that an empty answer is held back; Flower's clients give up after 30
 SHARE, SOONEST, LATEST = 0.05, 0.05, 1.0  # a held poll is repeated after this share of its age, within these seconds
 LOOK = 0.5  # seconds between looks whether a caller that waits for an answer is still there
-
-
-Door = Callable[[str, bytes, Side], Awaitable[None]]  # given the path, the body, and the connection, which is its own
-
-
-class Policy:
-    """Lets everything pass; others say what they change."""
-
-    def refuse(self, caller: Caller, head: Head) -> str:
-        """Return why a request may not pass, or nothing."""
-        return ""
-
-    def holds(self, head: Head) -> bool:
-        """Return whether an empty answer to this request is held back until there is something to bring."""
-        return False
-
-    def inspects(self, head: Head) -> bool:
-        """Return whether ``object_to`` wants to see the answer."""
-        return False
-
-    def object_to(self, head: Head, body: bytes) -> str:
-        """Return why an answer may not pass, or nothing."""
-        return ""
-
-    def before(self, caller: Caller, head: Head, status: int, alone: bool) -> tuple[str, bytes] | None:
-        """Return path and body of what has to be asked first, after which a request is made again; None: it stands.
-
-        ``alone`` says that the caller has no other connection here.
-        """
-        return None
-
-    def door(self, head: Head) -> Door | None:
-        """Return who answers a request here, in the target's place."""
-        return None
-
-    def settles(self, head: Head) -> bool:
-        """Return whether ``settle`` decides on the answer to a request that changes something."""
-        return False
-
-    def settle(self, caller: Caller, digest: bytes, reply: Reply) -> Reply:
-        """Return the answer to a request, known by the hash of its path and body; it may be made again after a cut."""
-        return reply
-
-    def kept(self, caller: Caller, head: Head) -> Reply | None:
-        """Return an answer that was given before and may not have arrived, or None."""
-        return None
-
-    def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
-        """Take note of a whole answer before it is given."""
-
-    def passed(self, caller: Caller, head: Head, answered: int) -> None:
-        """Take note of a request that was answered with so many bytes."""
 
 
 @dataclass
@@ -169,6 +118,8 @@ class Exchange:
 
     async def _carry(self, request: h11.Request, head: Head) -> int:
         policy = self._relay.policy
+        if policy.examines(head):
+            return await self._pass_back(await self._send(towards(request), await self._examined(head)))
         if not policy.holds(head) and not policy.inspects(head):
             far = await self._open()
             digest = hashlib.sha256(head.path.encode())
@@ -182,13 +133,22 @@ class Exchange:
             return await self._give(policy.settle(self._caller, digest.digest(), await self._whole(far)))
         asked = await self._near.whole(LOOKED_INTO)
         reply = policy.kept(self._caller, head) or await self._insist(request, head, asked)
-        why = policy.object_to(head, reply.body) if policy.inspects(head) else ""
-        if why:
-            self._relay.refused[why] += 1
-            await self._near.answer(502, why.encode())
-            raise EOFError(why)
+        await self._turn_away(502, policy.object_to(head, reply.body) if policy.inspects(head) else "")
         policy.answering(self._caller, head, reply)
         return await self._give(reply)
+
+    async def _examined(self, head: Head) -> bytes:
+        """Return a request's whole body, if nothing is to be said against it."""
+        body = await self._near.whole(LOOKED_INTO)
+        await self._turn_away(403, self._relay.policy.object_to_request(self._caller, head, body))
+        return body
+
+    async def _turn_away(self, status: int, why: str) -> None:
+        """Refuse and hang up, if there is a reason to."""
+        if why:
+            self._relay.refused[why] += 1
+            await self._near.answer(status, why.encode())
+            raise EOFError(why)
 
     async def _insist(self, request: h11.Request, head: Head, asked: bytes) -> Reply:
         """Ask the target: after what has to be asked first, and again while it has nothing to bring."""
@@ -209,11 +169,13 @@ class Exchange:
                 raise EOFError("the caller hung up")
 
     async def _put(self, request: h11.Request, body: bytes) -> Reply:
+        return await self._whole(await self._send(request, body))
+
+    async def _send(self, request: h11.Request, body: bytes) -> Side:
         far = await self._open()
-        await far.send(request)
-        await far.send(h11.Data(body))
-        await far.send(h11.EndOfMessage())
-        return await self._whole(far)
+        for event in (request, h11.Data(body), h11.EndOfMessage()):
+            await far.send(event)
+        return far
 
     async def _whole(self, far: Side) -> Reply:
         response = await self._response(far)
@@ -230,11 +192,14 @@ class Exchange:
     async def _pass_back(self, far: Side) -> int:
         response = await self._response(far)
         await self._near.send(h11.Response(status_code=response.status_code, headers=response.headers))
-        count = 0
+        count, words = 0, b""
         async for part in far.body():
             count += len(part)
+            words = words or part[:SENTENCE]
             await self._near.send(h11.Data(part))
         await self._near.send(h11.EndOfMessage())
+        if response.status_code == 403:
+            self._relay.policy.told(words.decode(errors="replace"))
         self._ready(far)
         return count
 
