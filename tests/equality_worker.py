@@ -68,7 +68,7 @@ def scheduled(ranks: int) -> list[Layout]:
     if ranks == 1:
         return []
     looped = [("interleaved", 2), ("breadth_first", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2)]
-    mixed = [("zbv", "tensor", False)]
+    mixed = [("zbv", "tensor", False), ("zbv", "data", True), ("zbv", "sequence", False)]
     mixed += [("breadth_first", "data", True), ("zero_bubble", "data", False), ("1f1b", "data", True)]
     even = [
         Layout.model_validate({"sequence": ranks, "attention": "balanced", "recompute": again, "micro_batches": 2})

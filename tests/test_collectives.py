@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mycel.collectives.layout import check_layout, stage_blocks
-from mycel.errors import RecipeError
+from mycel.collectives.layout import FAMILIES, check_layout, stage_blocks
+from mycel.collectives.units import Chain
+from mycel.errors import ModelError, RecipeError
 from mycel.models.sizes import SIZES
-from mycel.recipe.schema import Layout
+from mycel.recipe.schema import Layout, Training
 from small_runs import environment, mycel
 
 HERE = Path(__file__).parent
@@ -75,11 +79,52 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another_with_the_same_losses(tmp_
         (Layout(sequence=5), 5, "does not divide the 32 tokens of a row"),
         (Layout(pipeline=2, micro_batches=1, schedule="1f1b"), 2, "fewer than the 2 stages"),
         (Layout(data=2, micro_batches=3), 2, "does not divide the 2 rows that a data rank"),
+        (Layout(pipeline=2, blocks=[1, 2]), 2, "2 numbers above zero that add up to 2 are needed"),
+        (Layout(schedule="interleaved", chunks=2), 1, "an order of a pipeline, and layout.pipeline is 1"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_with_what_would_do(layout: Layout, count: int, sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         check_layout(layout, count, SIZES["micro"].config(), batch_size=4, length=32)
+
+
+def small(kind: str, **changes: Any) -> PreTrainedModel:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(1)
+    found: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads, **changes))
+    return found.eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_parts_of_every_family_that_is_taken_compute_what_the_model_does(kind: str) -> None:
+    model, rows = small(kind), torch.arange(3, 51).view(2, 24)
+    chain = Chain(model, Training())
+    units = {index: chain.build(index) for index in range(chain.count)}
+    with torch.no_grad():
+        assert torch.equal(chain.forward(units, 0, chain.count, rows), model(input_ids=rows).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "layout", "sentence"),
+    [
+        ("gemma2", {}, Layout(data=2), "the family 'gemma2' is none whose parts ranks can train"),
+        ("granite", {}, Layout(data=2), "the family 'granite' is none"),
+        ("mistral", {"sliding_window": 8}, Layout(data=2), "its last 8 tokens, and ranks attend to all 32 of a row"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            Layout(data=2),
+            "set data.max_length to 8 or less",
+        ),
+        ("qwen3", {}, Layout(tensor=2), "qwen3 norms queries by head"),
+    ],
+)
+def test_a_model_whose_parts_compute_something_else_is_refused(
+    kind: str, changes: dict[str, Any], layout: Layout, sentence: str
+) -> None:
+    with pytest.raises((ModelError, RecipeError), match=sentence):
+        check_layout(layout, 2, small(kind, **changes).config, batch_size=4, length=32)
 
 
 def test_stages_share_out_every_block_once() -> None:

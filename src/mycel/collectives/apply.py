@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 from mycel.collectives.attention import Spanning, over_tokens
 from mycel.collectives.balanced_attention import Stash
 from mycel.collectives.keeping import Spill, Through, left_behind, passed
-from mycel.collectives.layout import stage_blocks, stages_of
+from mycel.collectives.layout import check_family, stage_blocks, stages_of
 from mycel.collectives.ranks import Ranks
-from mycel.decisions.keeping import AGAIN, MIB, WAYS, Knapsack, peak, room_of, ways_of
-from mycel.errors import ModelError
+from mycel.decisions.keeping import AGAIN, DIVIDED, MIB, WAYS, Knapsack, peak, room_of, ways_of
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WHOLE = {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head"}
@@ -120,11 +119,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: PreTrainedModel, ranks: Ranks) -> None:
         super().__init__()
-        inner = model.model
-        if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
-            raise ModelError(
-                f"{type(model).__name__} is no decoder with rotary positions: layouts are laid over the Llama family"
-            )
+        check_family(model.config)
         places = stages_of(ranks.layout, ranks.place("pipeline"))
         self.spill = Spill()
         self.chunks = nn.ModuleList(Chunk(model, ranks, place, self.spill) for place in places)
@@ -164,7 +159,9 @@ def lay_out(model: PreTrainedModel, ranks: Ranks, piece: tuple[int, int] = (1, 1
                 parallelize_module(block, ranks.mesh["tensor"], plan)
         if _sharded(ranks):
             for block in chunk.blocks.values():
-                fully_shard(block, mesh=ranks.replicas)
+                # Torch's divided way back looks for the weights among those registered when it begins: they have to be
+                # the whole ones still, or it passes them by.
+                fully_shard(block, mesh=ranks.replicas, reshard_after_forward=layout.schedule not in DIVIDED)
             fully_shard(chunk, mesh=ranks.replicas, ignored_params=stage.shared)
     return stage
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mycel.decisions.keeping import DIVIDED
-from mycel.errors import RecipeError
+from mycel.errors import ModelError, RecipeError
 from mycel.recipe.schema import Layout
 
 AXES = ("pipeline", "data", "sequence", "tensor")  # from the slowest link to the fastest: neighbours share tensors
+ALONE = ("gpipe", "1f1b")  # schedules of one stage a rank, which with one rank are no order at all
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose forward is embedding, blocks, norm and head alone
 
 
 def ranks_of(layout: Layout) -> int:
@@ -57,6 +59,11 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
         if whole % degree:
             near = max(number for number in range(1, degree) if whole % number == 0)
             raise RecipeError(f"layout.{axis} is {degree}, which does not divide the {whole} {what}: try {near}")
+    if layout.tensor > 1 and config.model_type == "qwen3":
+        raise RecipeError(
+            f"layout.tensor is {layout.tensor}, and qwen3 norms queries by head, with weights that ranks would share: "
+            "set it to 1"
+        )
     if config.intermediate_size % layout.tensor:
         raise RecipeError(
             f"layout.tensor is {layout.tensor}, which does not divide the {config.intermediate_size} columns of the "
@@ -68,6 +75,8 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
             f"layout.pipeline is {layout.pipeline}, which makes {stages} stages, and the model has "
             f"{config.num_hidden_layers} blocks: try fewer ranks or layout.chunks"
         )
+    stage_blocks(config.num_hidden_layers, stages, layout.blocks)
+    check_family(config, length)
     _check_schedule(layout)
     _check_codec(layout)
     _check_memory(layout, config.num_hidden_layers)
@@ -76,6 +85,25 @@ def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, lengt
         raise RecipeError(
             f"layout.micro_batches is {layout.micro_batches}, which does not divide the {rows} rows that a data rank "
             "has of a step: try 1"
+        )
+
+
+def check_family(config: Any, length: int = 0) -> None:
+    """Refuse a decoder that does more than pass hidden states through its blocks with causal attention and a head.
+
+    Others scale, cap or mask in their model's own ``forward``, which ranks that hold parts of it do not run.
+    """
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"the family {config.model_type!r} is none whose parts ranks can train: use one of {', '.join(FAMILIES)}, "
+            "or train without layout and --nproc"
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and window < length and "sliding_attention" in kinds:
+        raise ModelError(
+            f"the model attends to its last {window} tokens, and ranks attend to all {length} of a row: "
+            f"set data.max_length to {window} or less"
         )
 
 
@@ -124,16 +152,16 @@ def _check_memory(layout: Layout, blocks: int) -> None:
 
 def _check_schedule(layout: Layout) -> None:
     """Refuse a schedule that has no order for these stages and pieces."""
-    wanted = {"gpipe": 1, "1f1b": 1, "zbv": 2}.get(layout.schedule, layout.chunks)
+    wanted = {**dict.fromkeys(ALONE, 1), "zbv": 2}.get(layout.schedule, layout.chunks)
     if layout.chunks != wanted:
         raise RecipeError(
             f"layout.chunks is {layout.chunks}, and the schedule {layout.schedule} takes {wanted} stages a rank: "
             f"set it to {wanted}"
         )
-    if layout.schedule == "zbv" and layout.data * layout.sequence > 1:
+    if layout.schedule not in ALONE and layout.pipeline == 1:
         raise RecipeError(
-            "layout.schedule is zbv, and torch's order of it does not sum the gradients of sharded weights: "
-            'set data and sequence to 1, or schedule = "zero_bubble"'
+            f"layout.schedule is {layout.schedule}, an order of a pipeline, and layout.pipeline is 1: set it above 1, "
+            'or schedule = "gpipe"'
         )
     pieces, ranks = layout.micro_batches, layout.pipeline
     if layout.schedule in {"gpipe", "breadth_first"}:

@@ -20,11 +20,12 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle
+from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle, whole
 from mycel.collectives.bubbles import TimedStage, Trace
 from mycel.collectives.hooks import CodecExchange
 from mycel.collectives.layout import rank_of
 from mycel.collectives.ranks import Ranks
+from mycel.errors import ModelError
 
 IGNORED = -100
 ALONE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}  # one stage a rank
@@ -86,6 +87,7 @@ class Trainer:
             if self.ranks.layout.pipeline > 1
             else self._plain(ids, targets, loss_of)
         )
+        _complete(self.stage)
         if self.exchange is not None:
             self.exchange.average(named_weights(self.stage))
         settle(self.stage, self.ranks)
@@ -118,10 +120,11 @@ class Trainer:
     def _handed_on(self, ids: Tensor) -> Tensor:
         group, place = self.ranks.group("pipeline"), self.ranks.place("pipeline")
         layout, hidden = self.ranks.layout, ids
+        dtype = next(self.stage.parameters()).dtype
         for chunk in self.stage.held():
             before = place if chunk.first else rank_of(layout, chunk.place - 1)
             if before != place:
-                hidden = torch.empty(*ids.shape, self.stage.width, device=self.ranks.device)
+                hidden = torch.empty(*ids.shape, self.stage.width, device=self.ranks.device, dtype=dtype)
                 dist.recv(hidden, group=group, group_src=before)
             hidden = chunk(hidden)
             after = place if chunk.last else rank_of(layout, chunk.place + 1)
@@ -177,10 +180,17 @@ class Trainer:
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=ids.device)
 
 
+def _complete(stage: Stage) -> None:
+    """Every weight of a decoder has a gradient after a step's way back, or a schedule has passed it by."""
+    missed = [name for name, weight in named_weights(stage).items() if weight.grad is None]
+    if missed:
+        raise ModelError(
+            f"{len(missed)} weights of this rank have no gradient, {missed[0]!r} first: try another layout"
+        )
+
+
 def full_gradients(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
     """Every gradient of this rank's stage as all ranks together hold it; all of them must ask."""
-    from mycel.collectives.apply import whole
-
     for name, parameter in named_weights(trainer.stage).items():
-        if parameter.grad is not None:
-            yield name, whole(parameter.grad).detach().cpu()
+        assert parameter.grad is not None
+        yield name, whole(parameter.grad).detach().cpu()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mycel.collectives.ranks import Meeting, process_group
 from mycel.engines.nursery import Nursery
@@ -66,9 +67,11 @@ def _answers(connections: list[Connection]) -> list[Any]:
 def _rank(connection: Connection, work: Callable[[torch.device], Any]) -> None:
     torch.set_num_threads(1)
     meeting = Meeting(**json.loads(connection.recv_bytes()))
-    try:
-        with process_group(meeting) as device:
+    with process_group(meeting) as device:
+        dist.barrier()  # one that failed before the others have met would be taken for one that died
+        try:
             answer = {"result": work(device)}
-    except Exception as error:  # whatever it is, the others wait for this rank: it has to be told
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    connection.send_bytes(json.dumps(answer).encode())
+        except Exception as error:  # whatever it is, the others wait for this rank: it has to be told
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        # Told before it leaves: the others fail of its leaving, and are not to be heard first.
+        connection.send_bytes(json.dumps(answer).encode())

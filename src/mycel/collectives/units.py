@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from mycel.collectives.layout import check_family
 from mycel.collectives.saving import prime, state_of
-from mycel.errors import ModelError, ParcelError
+from mycel.errors import ParcelError
 from mycel.recipe.schema import Training
 from mycel.rounds.training import make_optimizer
 from mycel.wire.parcel import Tensors
@@ -59,9 +60,8 @@ class Chain:
     """
 
     def __init__(self, model: Any, training: Training) -> None:
+        check_family(model.config)
         inner = model.model
-        if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
-            raise ModelError(f"{type(model).__name__} is no decoder with rotary positions: the Llama family is cut")
         self.config: PreTrainedConfig = model.config
         self.training, self.rotary = training, inner.rotary_emb
         self.depth = len(inner.layers)
