@@ -38,6 +38,7 @@ class Village:
     address: str = ""
     coordinator: subprocess.Popen[bytes] | None = None
     parties: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,9 @@ class Village:
     def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
         """Start one of Mycel's commands in a session of its own."""
         command = [*PROGRAM, *arguments]
-        return start(command, self.environment, self.folder / f"{log}.log", last_word=signal.SIGTERM)
+        process = start(command, self.environment, self.folder / f"{log}.log", last_word=signal.SIGTERM)
+        self._started.append(process)
+        return process
 
     def start_coordinator(self) -> None:
         """Start the coordinator and wait until it listens."""
@@ -105,13 +108,12 @@ class Village:
 
     def end(self) -> None:
         """End every process, and wait for it."""
-        for process in (*self.parties.values(), self.coordinator):
-            if process is not None and process.poll() is None:
+        for process in self._started:
+            if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 process.send_signal(signal.SIGTERM)
-        for process in (*self.parties.values(), self.coordinator):
-            if process is not None:
-                _wait(process)
+        for process in self._started:
+            _wait(process)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
