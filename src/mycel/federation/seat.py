@@ -20,6 +20,7 @@ from mycel.engines.line import listen, serve
 from mycel.engines.resident import PartyHost, Resident
 from mycel.federation.hub import split
 from mycel.federation.place import state_folder
+from mycel.federation.pulse import Pulse
 from mycel.guard.gates import PartyGate, client_context, server_context
 from mycel.guard.keys import Identity, issue, make_authority, openssh_private, pem
 from mycel.wire.relay import Relay
@@ -44,6 +45,7 @@ class Seat:
     name: str
     identity: Identity | None
     host: PartyHost
+    pulse: Pulse = field(default_factory=Pulse)
     _node: subprocess.Popen[bytes] | None = None
     _door: socket.socket | None = field(default=None, repr=False)
 
@@ -56,7 +58,7 @@ class Seat:
         try:
             app = await asyncio.to_thread(launch.bundle, self.folder)
             server, client = self._contexts()
-            relay = Relay(split(self.address), PartyGate(app), server, client)
+            relay = Relay(split(self.address), PartyGate(app, self.pulse.heard), server, client)
             listener = await relay.start(LOOPBACK, 0)
             port = listener.sockets[0].getsockname()[1]
             self._serve()
@@ -87,24 +89,32 @@ class Seat:
         return inward, client_context(self._work / "authority.crt", self._work / "party.pem")
 
     async def _keep_node(self, gate: str) -> None:
-        """Start the node, and again whenever it has ended: the coordinator was away, or it knows us by a new number."""
+        """Start the node, and again whenever it has ended: the coordinator was away, or it knows us by a new number.
+
+        One that runs on and does nothing is ended.
+        """
         pause = SOONEST
         secure = self.identity is not None
         authority, key = (self._work / "inner.crt", self._work / "node.key") if secure else (None, None)
         while True:
             began = asyncio.get_running_loop().time()
             self._node = launch.supernode(self.folder, gate, authority, key, self._work / "line")
+            self.pulse.started()
             logger.info("node started towards %s", self.address)
-            while self._node.poll() is None:
+            why = ""
+            while self._node.poll() is None and not why:
                 await asyncio.sleep(0.2)
+                why = self.pulse.stopped()
             await asyncio.to_thread(children.end, self._node)
             lasted = asyncio.get_running_loop().time() - began
             pause = SOONEST if lasted > LATEST else min(2 * pause, LATEST)
-            logger.warning("the node has ended; it is started again in %.0f seconds", pause)
+            logger.warning("the node %s: it is started again in %.0f seconds", why or "has ended", pause)
             await asyncio.sleep(pause)
 
     def _serve(self) -> None:
         """Answer messages in a thread of their own, one after another."""
         resident = Resident(self.host, self.name, self.folder / "home")
         self._door = door = listen(self._work / "line")
-        threading.Thread(target=serve, args=(door, resident.reply), daemon=True, name="mycel-party").start()
+        threading.Thread(
+            target=serve, args=(door, self.pulse.around(resident.reply)), daemon=True, name="mycel-party"
+        ).start()

@@ -35,19 +35,20 @@ from mycel.wire.http import Caller, Head, Reply
 from mycel.wire.policy import Door, Policy
 
 OPERATING = "/mycel/"
+HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 POLL = f"{FLEET}pull-messages"
 PUSH = f"{FLEET}push-object"
 ACTIVATE, DEACTIVATE = f"{FLEET}activate-node", f"{FLEET}deactivate-node"
 APP = f"{FLEET}get-fab"
 PARCELS = {PUSH, PULL, ANSWER, CONFIRM}
-ALLOWED = {f"{FLEET}{name}" for name in ("send-node-heartbeat", "get-run")}
+ALLOWED = {HEARTBEAT, f"{FLEET}get-run"}
 ALLOWED |= PARCELS | {ACTIVATE, DEACTIVATE, POLL, APP}
 UNKNOWN = {f"{FLEET}register-node", f"{FLEET}unregister-node"}  # what a node without a key asks for
 PURPOSE = {
     PUSH: "parcels",
     PULL: "parcels",
     POLL: "polling",
-    f"{FLEET}send-node-heartbeat": "polling",
+    HEARTBEAT: "polling",
 }
 REQUEST = 1 << 23  # bytes of one request: Flower cuts what it sends into pieces of 5 MiB
 BETWEEN = PART + PART // 4  # bytes that a party may send between two messages that it is given, repeats after cuts too
@@ -233,13 +234,17 @@ class PartyGate(Policy):
     ----------
     app : bytes
         The one bundle that may be installed.
+    heard : callable, optional
+        Told the path of each request.
     """
 
     app: bytes
+    heard: Callable[[str], None] = lambda path: None
     _told: str = ""
 
     def refuse(self, caller: Caller, head: Head) -> str:
         """Let a node's own requests out, nothing else."""
+        self.heard(head.path)
         return "" if head.path in ALLOWED | UNKNOWN else "this is not a node's request"
 
     def inspects(self, head: Head) -> bool:

@@ -1,0 +1,63 @@
+"""Whether a party's node still lives for what it is there for.
+
+``node's request -> party's gate -> heard``; ``message -> party -> around``; then ``stopped`` says what is wrong.
+
+Flower's node may run on and do nothing: one refused heartbeat ends the thread that sends them, and a node whose app
+ended before it took its message waits for an answer for ever. Its own bounds are 60 seconds without heartbeats and 90
+without a word of an app; a node that is silent for longer than both waits for nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mycel.engines.line import Control
+from mycel.guard.gates import HEARTBEAT
+
+SILENT = 120.0  # seconds
+Reply = Callable[[Control, bytes], tuple[Control, bytes]]
+
+
+@dataclass
+class Pulse:
+    """Listens to a node and to the party that works for it."""
+
+    clock: Callable[[], float] = time.monotonic
+    _busy: int = 0
+
+    def __post_init__(self) -> None:
+        self.started()
+
+    def started(self) -> None:
+        """Take note that the node was started."""
+        self._beat = self._deed = self.clock()
+
+    def heard(self, path: str) -> None:
+        """Take note of a request of the node's."""
+        if path == HEARTBEAT:
+            self._beat = self.clock()
+        else:
+            self._deed = self.clock()
+
+    def around(self, reply: Reply) -> Reply:
+        """Return ``reply``, whose work counts as the node's: it waits for it."""
+
+        def counted(control: Control, frame: bytes) -> tuple[Control, bytes]:
+            self._busy += 1
+            try:
+                return reply(control, frame)
+            finally:
+                self._busy, self._deed = self._busy - 1, self.clock()
+
+        return counted
+
+    def stopped(self) -> str:
+        """Return what the node has stopped doing, or nothing."""
+        now = self.clock()
+        if now - self._beat > SILENT:
+            return "sends no heartbeats"
+        if not self._busy and now - self._deed > SILENT:
+            return "neither asks for messages nor answers one"
+        return ""
