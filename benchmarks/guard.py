@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from common import arguments, show
+from guards import GUARDS
 from mycel.guard.contract import Guard, PartyGuard, Sealed
 from mycel.guard.enclosed import EnclaveGuard, EnclaveParty
 from mycel.guard.encrypted import CkksGuard, CkksParty
 from mycel.guard.secagg.guard import SUM, MaskGuard, MaskParty
 from mycel.models.base import find_base
 from mycel.rounds.algebra import weighted_mean
-from mycel.rounds.assaults import GUARDS
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors
@@ -37,16 +37,6 @@ REPEATS = 5  # of which the one in the middle counts
 CODEC = Fixed(16, 0.5)
 SMALL: dict[str, Any] = {"data.examples": 48, "data.max_length": 64, "rounds.local_steps": 5, "guard.replayable": True}
 LIES = ("label_flip", "sign_flip", "scale(10)", "little_is_enough(1.5)")
-FURTHER: dict[str, dict[str, Any]] = {
-    "masks, everyone with everyone": {"guard.sums": "masked", "wire.codec": "fixed(16,0.5)"},
-    "encrypted sums": {"guard.sums": "homomorphic"},
-    "sums in the simulated enclave": {"guard.sums": "enclave"},
-    "Krum": {"guard.filter": "krum(0.34)"},
-    "trimmed mean": {"guard.filter": "trimmed_mean(0.34)"},
-    "geometric median": {"guard.filter": "geometric_median"},
-    "FoolsGold": {"guard.filter": "foolsgold"},
-    "FLTrust": {"guard.filter": "fltrust", "guard.root": "python-library"},
-}
 FILTERS = (
     "",
     "median",
@@ -153,10 +143,9 @@ def _masked(updates: dict[int, Tensors], thin: bool, leave: int, size: int) -> d
 
 def whole_rounds(lab: Laboratory) -> list[dict[str, Any]]:
     """Time runs of two rounds with and without guards."""
-    guards = {**GUARDS, **FURTHER}
     lab.run(lab.recipe("fedavg", {**SMALL, "rounds.count": 1}))
     rows: list[dict[str, Any]] = []
-    for name, changes in guards.items():
+    for name, changes in GUARDS.items():
         recipe = lab.recipe("fedavg", {**SMALL, **changes, "rounds.count": 2, "rounds.evaluate_every": 2})
         begun = time.perf_counter()
         finished = lab.run(recipe)

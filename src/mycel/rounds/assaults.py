@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +37,22 @@ from mycel.rounds.sealing import noise_of
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.system import State
 from mycel.wire.parcel import Parcel, Tensors
+from mycel.wire.shelf import Frame
 
 VICTIM = 0
 REPEATS = 8  # times the canary stands among the victim's examples
 SHORT = 8  # tokens of the text that is sought in a gradient
 GUESSES = 100  # tokens that the word attack names
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One frame on its way, ``up`` or ``down``."""
+
+    direction: str
+    node: int
+    kind: str
+    frame: bytes
 
 
 @dataclass
@@ -57,6 +67,8 @@ class Scene:
         Of the coordinator, at the start and after each round.
     parties : list of PartyData
         The truth.
+    crossed : list of Crossing
+        Every frame, in order.
     """
 
     finished: Finished
@@ -65,15 +77,16 @@ class Scene:
     seed: int
     seen: list[dict[int, Tensors]] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
+    crossed: list[Crossing] = field(default_factory=list)
 
     def table(self, examples: list[Example]) -> TokenTable:
         """Tokenise examples as the parties do."""
         return TokenTable.from_examples(examples, self.finished.world.base.tokenizer, self.recipe.data.max_length)
 
     def score(self, table: TokenTable, state: State | None = None) -> Tensor:
-        """Losses of examples under the final model, or under another state's."""
+        """Losses of examples under the last model that was seen, or under another state's."""
         world, system = self.finished.world, self.finished.system
-        brief = system.brief(self.finished.state if state is None else state, -1)
+        brief = system.brief(self.states[-1] if state is None else state, -1)
         dated = Parcel(brief.kind, {**brief.header, "version": self.finished.progress.version}, brief.tensors)
         trainable = system.adopt(dated, world.observer())
         with trainable.active():
@@ -92,6 +105,7 @@ def stage(lab: Laboratory, recipe: Recipe, seed: int = 5) -> Scene:
     world = lab.place.open(arm, recipe, plain.base.folder, path)
     seen: list[dict[int, Tensors]] = []
     states: list[State] = []
+    crossed: list[Crossing] = []
 
     def watch(coordinator: Coordinator) -> None:
         if coordinator.progress.version >= len(states):
@@ -99,8 +113,11 @@ def stage(lab: Laboratory, recipe: Recipe, seed: int = 5) -> Scene:
             if coordinator.latest:
                 seen.append({answer.node: answer.tensors() for answer in coordinator.latest})
 
-    finished = Simulation(arm, world, lab.place.labour, checkpoint=watch).run()
-    return Scene(finished, recipe, parties, seed, seen, states)
+    def tap(direction: str, node: int, kind: str, frame: Frame) -> None:
+        crossed.append(Crossing(direction, node, kind, bytes(frame)))
+
+    finished = Simulation(arm, world, lab.place.labour, checkpoint=watch, wiretap=tap).run()
+    return Scene(finished, recipe, parties, seed, seen, states, crossed)
 
 
 def canary_exposure(scene: Scene) -> float:
@@ -245,15 +262,3 @@ def assault(lab: Laboratory, recipe: Recipe) -> dict[str, float]:
 def _counts(table: TokenTable, vocabulary: int) -> Tensor:
     ids = table.ids[table.offsets[0] : table.offsets[-1]].long()
     return torch.bincount(ids, minlength=vocabulary).double()
-
-
-GUARDS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "masked sums": {"guard.sums": "sparsely-masked", "wire.codec": "fixed(16,0.5)"},
-    "user noise at epsilon 30": {"guard.private": "user", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
-    "example noise at epsilon 8": {"guard.private": "example", "guard.epsilon": 8.0, "guard.clip_norm": 1.0},
-    "local noise at epsilon 30": {"guard.private": "local", "guard.epsilon": 30.0, "guard.clip_norm": 0.5},
-    "norm bound": {"guard.filter": "norm_bound(1.0)"},
-    "median": {"guard.filter": "median"},
-    "multi-Krum": {"guard.filter": "multi_krum(0.34)"},
-}

@@ -10,6 +10,8 @@ Raghunathan 2020).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -48,8 +50,14 @@ def fit_inverse(hidden: Tensor, embeddings: Tensor, ridge: float = 1e-2) -> Tens
     return found
 
 
+def _bare(hidden: Tensor) -> Tensor:
+    return hidden
+
+
 @torch.no_grad()
-def read_cut(model: PreTrainedModel, depth: int, public: Tensor, secret: Tensor) -> float:
+def read_cut(
+    model: PreTrainedModel, depth: int, public: Tensor, secret: Tensor, veil: Callable[[Tensor], Tensor] = _bare
+) -> float:
     """Share of a secret text's tokens that are read back from what crosses a cut after ``depth`` blocks.
 
     Parameters
@@ -58,12 +66,14 @@ def read_cut(model: PreTrainedModel, depth: int, public: Tensor, secret: Tensor)
         0: the cut lies behind the embedding.
     public, secret : Tensor
         Token ids (B, T); the attacker runs the model's first part on the public ones itself.
+    veil : callable
+        What becomes of activations (N, hidden) before they cross; the attacker knows it, and treats its own alike.
     """
     table = model.get_input_embeddings().weight
 
     def cross(ids: Tensor) -> Tensor:
         hidden: Tensor = model(input_ids=ids, output_hidden_states=True).hidden_states[depth]
-        return hidden.reshape(-1, hidden.shape[-1])
+        return veil(hidden.reshape(-1, hidden.shape[-1]))
 
     inverse = fit_inverse(cross(public), table[public.reshape(-1)])
     return float((invert(cross(secret), inverse, table) == secret.reshape(-1)).double().mean())
