@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from itertools import combinations
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mycel.collectives import membership, waiting
 from mycel.collectives.copies import DiskCopies, MemoryCopies
 from mycel.collectives.formation import Formation, Segment, even, restoration
 from mycel.collectives.membership import Line, announce, open_store
+from mycel.collectives.waiting import group_of, receive, send
 from mycel.decisions.replicas import Machines, Mixed, every_placement, survival
 from mycel.decisions.templates import Covering, Nodes, covers, divided, template, templates
+from mycel.engines.nursery import Nursery
 from mycel.errors import EngineError, ParcelError, RecipeError, RunError
+from mycel.pretrain import drill_rank
 from mycel.pretrain.bamboo import Bamboo
 from mycel.pretrain.drill import Outcome, drilled
 from mycel.pretrain.drill_rank import TRAINING, Drill, model_of, rows_of
@@ -82,6 +88,7 @@ def test_undisturbed_training_in_units_is_that_of_one_process(undisturbed: Outco
         ("oobleck", ((1, 1, "exchange", 1), (3, 3, "commit", 1)), 3),
         ("gemini", ((2, 1, "forward", 2),), 3),
         ("gemini", ((3, 2, "apply", 1),), 3),
+        ("gemini", ((4, 0, "report", 1),), 3),  # everybody else has done all, and must not be gone yet
     ],
 )
 def test_whoever_dies_whenever_the_losses_and_weights_are_those_of_an_undisturbed_run(
@@ -110,6 +117,49 @@ def test_what_was_computed_ahead_of_a_death_is_not_computed_again() -> None:
     found = drilled(Drill("bamboo", deaths=((2, 2, "backward", 1),), **SMALL))  # type: ignore[arg-type]
     # Ranks 0 and 1 keep their own forward of all four pieces, rank 1 that of its dead successor too.
     assert found.spared >= 12
+
+
+def _late(connection: Connection) -> None:
+    """Keep the others waiting for longer than ranks may take to meet."""
+    job = json.loads(connection.recv_bytes())
+    line = Line(job["port"], job["member"])
+    line.join()
+    apart, found = group_of(), torch.ones(1)
+    if job["member"]:
+        time.sleep(2.5)
+        send(found, 0)
+        time.sleep(2.5)
+    else:
+        receive(found, 1)
+    torch.distributed.all_reduce(found)
+    torch.distributed.all_reduce(found, group=apart)
+    connection.send_bytes(json.dumps(float(found)).encode())
+
+
+@pytest.mark.slow
+def test_a_rank_that_computes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (membership, waiting):
+        monkeypatch.setattr(module, "MEETING", timedelta(seconds=2))
+    store = open_store()
+    nursery = Nursery(_late)
+    children = []
+    try:
+        children = [nursery.start() for _ in range(2)]
+        for member, child in enumerate(children):
+            child.connection.send_bytes(json.dumps({"port": store.port, "member": member}).encode())
+        announce(store, 0, [0, 1], [0, 1])
+        assert [json.loads(child.connection.recv_bytes()) for child in children] == [4.0, 4.0]
+    finally:
+        for child in children:
+            nursery.end(child)
+            child.connection.close()
+        nursery.close()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill_rank, "TRAINING", TRAINING.model_copy(update={"learning_rate": 1e30, "clip_norm": 0.0}))
+    with pytest.raises(EngineError, match="the loss is not a finite number"):
+        drilled(Drill("bamboo", ranks=2, steps=20, pieces=1, shape=(2, 16, 2, 8)))
 
 
 def test_a_rank_that_was_taken_for_dead_is_fenced_off() -> None:
@@ -156,6 +206,16 @@ def test_formations_hold_every_unit_whoever_is_gone(size: int, gone: list[int], 
     bamboo = Bamboo(units, pieces).formation(epochs)
     twice = [unit for shadow in bamboo.shadows for unit in shadow.units]
     assert sorted(twice) == (list(range(units)) if len(epochs[-1]) > 1 else [])
+
+
+def test_a_pipeline_with_more_ranks_than_units_lets_the_last_ones_wait() -> None:
+    oobleck = Oobleck((0.5, 1.0, 1.0, 1.0, 1.0, 0.5), 8, least=4, faults=1)
+    epochs = [list(range(8)), [0, 2, 3, 4, 5, 6, 7]]
+    formation = oobleck.formation(epochs)
+    formation.check(6, 8)
+    [waits] = set(epochs[-1]) - set(formation.needs())
+    next_epoch = [member for member in epochs[-1] if member != formation.pipelines[0][0].member]
+    assert waits in oobleck.formation([*epochs, next_epoch]).needs()
 
 
 def test_a_formation_that_misses_something_is_refused() -> None:
@@ -232,6 +292,20 @@ def test_a_unit_on_disk_is_whole_or_not_there(tmp_path: Path) -> None:
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(RunError, match="its hash is another"):
         disk.load(3, 1)
+
+
+def test_old_units_on_disk_go_once_newer_versions_are_whole(tmp_path: Path) -> None:
+    disk = DiskCopies(tmp_path, 2)
+    for version in (2, 4, 6):
+        for unit in (0, 1) if version != 4 else (0,):
+            disk.save(version, unit, {"weight.a": torch.ones(1)})
+        disk.prune()
+    assert disk.versions() == [2, 6]
+    disk.save(8, 0, {})
+    disk.save(8, 1, {})
+    disk.prune()
+    assert disk.versions() == [6, 8]
+    assert not (tmp_path / "00000004").exists()
 
 
 @settings(max_examples=30)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from mycel.errors import RecipeError
 from mycel.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def island_command(name: str, overrides: list[str], out: Path | None, resume: bo
             return
         words = ["run", name, *overrides, "--out", str(folder), *(["--json"] * as_json)]
         raise typer.Exit(launch(recipe, words, ranks, folder, resume))
+    if recipe.layout.recovery != "restart":
+        raise RecipeError(
+            f"layout.recovery is {recipe.layout.recovery!r}, for ranks of one machine that mycel itself starts: "
+            'use --nproc, or set it to "restart" under torchrun'
+        )
     result = run_island(recipe, folder, resume)
     if result is not None:
         _show(recipe, result, folder, as_json)
@@ -41,6 +47,8 @@ def _show(recipe: Recipe, result: dict[str, Any], folder: Path, as_json: bool) -
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
         return
+    from mycel.report.wording import loss_text
+
     losses, console = result["final"]["mixture"], Console()
     if "recoveries" in result:
         told = f"{len(result['recoveries'])} deaths survived"
@@ -50,6 +58,6 @@ def _show(recipe: Recipe, result: dict[str, Any], folder: Path, as_json: bool) -
         said = f" (foretold for the fleet {recipe.fleet.devices}: {foretold:.3f})" if foretold else ""
         told = f"median step {result['step_seconds'] or 0:.3f} s{said}, {sent}"
     console.print(
-        f"{result['ranks']} ranks: held-out loss from {losses['base']:.3f} to {losses['federated']:.3f} in "
-        f"{recipe.rounds.count} steps; {told}\nrun folder  {folder}\nmodel       {folder / 'model'}"
+        f"{result['ranks']} ranks: held-out loss from {loss_text(losses['base'])} to {loss_text(losses['federated'])} "
+        f"in {recipe.rounds.count} steps; {told}\nrun folder  {folder}\nmodel       {folder / 'model'}"
     )

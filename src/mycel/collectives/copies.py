@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mycel.collectives.units import Unit, cloned, packed, unpacked
+from mycel.collectives.waiting import LIMITS, done, group_of, receive
 from mycel.errors import ParcelError, RunError
-from mycel.wire.parcel import Limits, Parcel, Tensors
+from mycel.wire.parcel import Parcel, Tensors
 
-LIMITS = Limits(frame_bytes=1 << 40, elements=1 << 40)  # of a copy that a rank of the same program sends
-KEPT = 2
+KEPT = 2  # versions: the newest may be whole only at some
 
 
 @dataclass
@@ -51,7 +52,7 @@ class MemoryCopies:
     def open(self, targets: Sequence[int], sources: Sequence[int]) -> None:
         """Begin an epoch: ranks have new numbers, and copies travel on a group of their own."""
         self.targets, self.sources = targets, sources
-        self._group = dist.new_group()
+        self._group = group_of()
 
     def begin(self, version: int, units: Mapping[int, Unit]) -> None:
         """Copy this rank's units as they are, and tell the others how long the copy is."""
@@ -62,12 +63,10 @@ class MemoryCopies:
         length = torch.tensor([self._frame.numel()])
         works = [dist.isend(length, target, group=self._group) for target in self.targets]
         for source in self.sources:
-            found = torch.zeros(1, dtype=torch.int64)
-            dist.recv(found, source, group=self._group)
+            found = receive(torch.zeros(1, dtype=torch.int64), source, self._group)
             self._buffers[source] = torch.empty(int(found), dtype=torch.uint8)
         for work in works:
-            if work is not None:
-                work.wait()
+            done(work)
 
     def pump(self) -> None:
         """Send and receive the next message of the copy under way, if there is one; does not wait."""
@@ -89,8 +88,7 @@ class MemoryCopies:
         while self._next < self.pieces:
             self.pump()
         for work in self._works:
-            if work is not None:
-                work.wait()
+            done(work)
         self._works.clear()
         version, own = self._under_way
         self._versions[version] = [own, *(buffer.numpy().tobytes() for buffer in self._buffers.values())]
@@ -150,6 +148,13 @@ class DiskCopies:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(place / f"{unit}-{hashlib.sha256(frame).hexdigest()[:32]}")
+
+    def prune(self) -> None:
+        """Remove what is older than the ``KEPT`` newest whole versions; of all ranks, one calls it."""
+        kept = self.versions()[-KEPT:]
+        for place in self.folder.iterdir() if kept else ():
+            if place.name.isdecimal() and int(place.name) < kept[0]:
+                shutil.rmtree(place, ignore_errors=True)
 
     def versions(self) -> list[int]:
         """Versions that are whole."""

@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mycel.collectives.copies import LIMITS, DiskCopies, MemoryCopies
+from mycel.collectives.copies import DiskCopies, MemoryCopies
 from mycel.collectives.exchange import Exchange
 from mycel.collectives.formation import Formation, Recovery, Transfer, restoration
 from mycel.collectives.hooks import gather_frames
 from mycel.collectives.membership import Line
 from mycel.collectives.passage import Note, Passage
-from mycel.collectives.step import IGNORED, targets_of
+from mycel.collectives.step import IGNORED, check_loss, targets_of
 from mycel.collectives.units import Chain, Unit
+from mycel.collectives.waiting import LIMITS, receive, send
 from mycel.wire.parcel import Parcel, Tensors
 
 
@@ -70,25 +71,35 @@ class Enduring:
         self._ready: tuple[float, float] | None = None
         self._exchange: Exchange | None = None
 
-    def train(self, steps: int) -> Diary:
-        """Train to version ``steps``; ``EngineError`` when those that are left cannot go on."""
+    def train(self, steps: int, hand_over: Callable[[Parcel], None]) -> None:
+        """Train to version ``steps`` and hand over what came of it, until everybody has.
+
+        Raises
+        ------
+        EngineError
+            Those that are left cannot go on.
+        FloatingPointError
+            The loss is no finite number.
+        """
         while True:
             if self._exchange is None:
                 self._attempt(self._regroup)
             elif self.version < steps:
                 self._attempt(self._step)
-            elif self.line.parted():
-                self.line.leave()
-                return self.diary
-            else:  # somebody died at the very end, and may need what is here
-                self._torn()
+            else:
+                self.note("report")
+                hand_over(self._report())
+                if self.line.parted():
+                    self.line.leave()
+                    return
+                self._torn()  # somebody died at the very end, and may need what is here
 
-    def report(self, steps: int) -> Parcel:
-        """Train to version ``steps`` and say what came of it, with this rank's weights."""
-        diary = self.train(steps)
-        states = [held.state() for held in self.units.values()]
+    def _report(self) -> Parcel:
+        """What came of the training, with this rank's weights."""
+        diary, states = self.diary, [held.state() for held in self.units.values()]
         weights = {name: value for state in states for name, value in state.items() if name.startswith("weight.")}
         header = {
+            "epoch": self.line.epoch,
             "losses": {str(step): loss for step, loss in diary.losses.items()},
             "reached": diary.reached,
             "recoveries": diary.recoveries,
@@ -186,13 +197,12 @@ class Enduring:
             if transfer.source == self.line.member:
                 frame = Parcel("unit", {}, self._state(transfer.unit, version)).to_bytes()
                 content = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-                dist.send(torch.tensor([content.numel()]), members.index(transfer.target))
-                dist.send(content, members.index(transfer.target))
+                send(torch.tensor([content.numel()]), members.index(transfer.target))
+                send(content, members.index(transfer.target))
             elif transfer.target == self.line.member:
-                length = torch.zeros(1, dtype=torch.int64)
-                dist.recv(length, members.index(transfer.source))
-                content = torch.empty(int(length), dtype=torch.uint8)
-                dist.recv(content, members.index(transfer.source))
+                source = members.index(transfer.source)
+                length = receive(torch.zeros(1, dtype=torch.int64), source)
+                content = receive(torch.empty(int(length), dtype=torch.uint8), source)
                 found[transfer.unit] = Parcel.from_bytes(content.numpy().tobytes(), LIMITS).tensors
         return found
 
@@ -213,6 +223,7 @@ class Enduring:
         self.note("exchange")
         self._exchange.sum(self.units)
         ready = self._exchange.totals(own, self.units)
+        check_loss(ready[0])
         self.copies.finish()
         self._ready = ready
         self.note("commit")
@@ -253,6 +264,8 @@ class Enduring:
             if segment.member == self.line.member:
                 for unit in segment.units:
                     self.disk.save(self.version, unit, self.units[unit].state())
+                if not segment.first:
+                    self.disk.prune()
 
     def _during(self, phase: str) -> None:
         if phase == "between":

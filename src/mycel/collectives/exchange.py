@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mycel.collectives.formation import Formation
 from mycel.collectives.units import Chain, Unit
+from mycel.collectives.waiting import group_of
 
 
 class Exchange:
@@ -30,9 +31,9 @@ class Exchange:
         for held in sorted({tuple(sorted(held)) for held in holders.values()}):
             names = [name for name in self.names if tuple(sorted(holders[name])) == held]
             alone = len(held) == 1
-            group = None if alone else dist.new_group([list(members).index(holder) for holder in held])
+            group = None if alone else group_of([list(members).index(holder) for holder in held])
             if member in held:
-                self._sets.append((names, group if isinstance(group, dist.ProcessGroup) else None))
+                self._sets.append((names, group))
 
     def sum(self, units: Mapping[int, Unit]) -> None:
         """Replace every gradient by the sum over all holders of its weight."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mycel.collectives.ranks import Ranks
+from mycel.collectives.waiting import LIMITS
 from mycel.errors import ParcelError
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
@@ -51,7 +52,7 @@ class CodecExchange:
         frames = gather_frames(frame, group)
         total: Tensors = {}
         for each in frames:
-            found = Parcel.from_bytes(each).tensors
+            found = Parcel.from_bytes(each, LIMITS).tensors
             if found.keys() != own.keys():
                 raise ParcelError("a rank's gradients have other names than this one's: its layout differs")
             total = {name: total[name] + tensor if total else tensor for name, tensor in found.items()}

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from mycel.collectives.membership import announce, open_store
+from mycel.collectives.membership import announce, open_store, release
+from mycel.collectives.waiting import LIMITS
 from mycel.engines.nursery import Child, Nursery
 from mycel.errors import EngineError
-from mycel.wire.parcel import Limits, Parcel
+from mycel.wire.parcel import Parcel
 
 MOST_DEATHS = 32  # of one program; more are no accident
-LIMITS = Limits(frame_bytes=1 << 40, elements=1 << 40)  # of a report by a rank that this process started
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Keeper:
                 if dead:
                     self.mourn(dead)
                     self._go_on(dead)
+            release(self._store, self.epoch)
         finally:
             for member in list(self._children):
                 self._end(member)
@@ -90,11 +91,12 @@ class Keeper:
         child.connection.close()
 
     def _listen(self, until: float | None) -> list[int]:
-        """Wait for reports and deaths; return the dead."""
-        waiting = {child.connection: member for member, child in self._children.items() if member not in self.reports}
+        """Wait for reports and deaths, also of those that have reported; return the dead."""
+        waiting = {child.connection: member for member, child in self._children.items()}
         ready = wait(list(waiting), None if until is None else max(0.0, until - time.monotonic()))
         if not ready:
-            raise EngineError(f"ranks {sorted(waiting.values())} hang: they are not done after {self.limit:g} s")
+            late = sorted(set(waiting.values()) - set(self.reports))
+            raise EngineError(f"ranks {late} hang: they are not done after {self.limit:g} s")
         dead = []
         for connection in ready:
             member = waiting[connection]  # type: ignore[index]
@@ -105,15 +107,16 @@ class Keeper:
                 continue
             if "error" in report.header:
                 raise EngineError(f"rank {member} failed: {report.header['error']}")
-            self.reports[member] = report
+            if report.header["epoch"] == self.epoch:  # one of an epoch that is over will come again
+                self.reports[member] = report
         return dead
 
     def _go_on(self, dead: list[int]) -> None:
         """Announce who goes on; start those that are replaced."""
         gone = list(self._children) if self.together else dead
         self.stayed.difference_update(gone)
+        self.reports.clear()
         for member in gone:
-            self.reports.pop(member, None)
             self._end(member)
         self.epoch += 1
         fresh = gone if self.replaces else []

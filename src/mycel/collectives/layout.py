@@ -11,6 +11,7 @@ from mycel.recipe.schema import Layout
 
 AXES = ("pipeline", "data", "sequence", "tensor")  # from the slowest link to the fastest: neighbours share tensors
 ALONE = ("gpipe", "1f1b")  # schedules of one stage a rank, which with one rank are no order at all
+SAVING = ("recompute", "activations", "activation_mib", "offload_optimizer")  # what a layout says of memory
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose forward is embedding, blocks, norm and head alone
 
 
@@ -23,8 +24,15 @@ def layout_of(layout: Layout, ranks: int) -> Layout:
     """How so many ranks share the work: by ``layout`` if it makes as many, else by rows."""
     if ranks_of(layout) == ranks:
         return layout
-    alone = Layout(data=ranks)
-    return alone.model_copy(update={"codec": layout.codec, "recompute": layout.recompute})
+    return carried(layout, Layout(data=ranks))
+
+
+def carried(layout: Layout, other: Layout) -> Layout:
+    """Return another division with what ``layout`` says of memory and, where gradients cross, of their codec."""
+    changes = {name: getattr(layout, name) for name in SAVING}
+    if other.data * other.sequence > 1:
+        changes["codec"] = layout.codec
+    return other.model_copy(update=changes)
 
 
 def check_layout(layout: Layout, ranks: int, config: Any, batch_size: int, length: int) -> None:

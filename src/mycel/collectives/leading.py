@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,15 +22,13 @@ from torch import Tensor
 from mycel.collectives.layout import layout_of
 from mycel.collectives.program import Program
 from mycel.collectives.ranks import make_ranks
+from mycel.collectives.waiting import LIMITS, group_of
 from mycel.errors import ModelError
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.load import check
 from mycel.recipe.schema import Recipe
 from mycel.rounds.system import group, with_role
-from mycel.wire.parcel import Limits, Parcel, Tensors
-
-IDLE = timedelta(days=30)  # that ranks may wait for their next work; a rank that died is noticed at once all the same
-LIMITS = Limits(frame_bytes=1 << 40, elements=1 << 40)  # what ranks of one island take from each other
+from mycel.wire.parcel import Parcel, Tensors
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Crew:
     _bases: dict[str, Base] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.line = dist.new_group(backend="gloo", timeout=IDLE)
+        self.line = group_of()  # on which ranks wait for their next work as long as it takes
 
     def spread(self, order: Parcel | None) -> Parcel:
         """Tell every rank the leader's order; the others pass None."""

@@ -13,15 +13,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from mycel.collectives.waiting import MEETING, unhurried
 from mycel.errors import EngineError
 
 HOST = "127.0.0.1"
-MEETING = timedelta(seconds=20)  # within which members of an epoch connect; then a newer epoch is looked for
 NEWS = 30.0  # seconds within which a broken collective must be explained by somebody's death
 PAUSE = 0.004  # seconds between looks at the store
 
@@ -35,6 +34,11 @@ def announce(store: TCPStore, epoch: int, members: Sequence[int], fresh: Sequenc
     """Say who belongs to an epoch; ``fresh`` are those that bring nothing along."""
     store.set(f"epoch/{epoch}", json.dumps({"members": list(members), "fresh": list(fresh)}))
     store.set("newest", str(epoch))
+
+
+def release(store: TCPStore, epoch: int) -> None:
+    """Say that an epoch's members are needed no more: their reports are there."""
+    store.set(f"over/{epoch}", "1")
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Line:
                     self.leave()
                     self._await(self.epoch + 1)
                 else:
+                    unhurried()
                     return
 
     def leave(self) -> None:
@@ -98,8 +103,8 @@ class Line:
         gc.collect()  # a group that is still referred to keeps its connections
 
     def parted(self) -> bool:
-        """Wait until every member has come to its end; False when one of them died before."""
-        return self._met("done")
+        """Wait until the launcher has every member's report; False when one of them died before."""
+        return self._awaited([f"over/{self.epoch}"])
 
     def _await(self, epoch: int) -> None:
         until = time.monotonic() + NEWS
@@ -120,7 +125,9 @@ class Line:
     def _met(self, sign: str) -> bool:
         """Wait until every member has given a sign; False when a newer epoch is announced before."""
         self._store.set(f"{sign}/{self.epoch}/{self.member}", "1")
-        wanted = [f"{sign}/{self.epoch}/{member}" for member in self.members]
+        return self._awaited([f"{sign}/{self.epoch}/{member}" for member in self.members])
+
+    def _awaited(self, wanted: list[str]) -> bool:
         while not self._store.check(wanted):
             if self._store.check([f"epoch/{self.epoch + 1}"]):
                 return False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mycel.collectives.formation import Formation, Segment
 from mycel.collectives.units import Chain, Unit
+from mycel.collectives.waiting import done, receive
 
 LossOf = Callable[[Tensor, int], Tensor]  # of the logits of a piece, by its index
 Note = Callable[[str], None]
@@ -160,8 +161,7 @@ class _Way:
                     self._hand_back(index, piece, entering)
                 self.passage.note("between")
         for work, _ in self.sent:
-            if work is not None:
-                work.wait()
+            done(work)
         return total
 
     def _entering(self, index: int, piece: int) -> Tensor:
@@ -186,5 +186,4 @@ class _Way:
 
     def _receive(self, segment: int, piece: int, tag: int) -> Tensor:
         tensor = torch.empty(*self.pieces[piece].shape, self.width, dtype=self.dtype)
-        dist.recv(tensor, self.rank[self.pipeline[segment].member], tag=tag)
-        return tensor
+        return receive(tensor, self.rank[self.pipeline[segment].member], tag=tag)

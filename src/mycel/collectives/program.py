@@ -19,6 +19,7 @@ from mycel.collectives.ranks import Ranks
 from mycel.collectives.saving import Checkpoints, prime
 from mycel.collectives.step import Trainer
 from mycel.collectives.traffic import Traffic
+from mycel.collectives.waiting import LIMITS
 from mycel.data.stream import sample_rows
 from mycel.data.table import TokenTable
 from mycel.models.base import Base
@@ -157,7 +158,7 @@ class Program:
             return held
         frames = gather_frames(Parcel("stage", {}, held).to_bytes(), self.ranks.group("pipeline"))
         # A tied weight lies in the first and the last stage; it is the same in both.
-        return {name: tensor for frame in frames for name, tensor in Parcel.from_bytes(frame).tensors.items()}
+        return {name: tensor for frame in frames for name, tensor in Parcel.from_bytes(frame, LIMITS).tensors.items()}
 
 
 def checkpoint_folder(run: Path) -> Path:

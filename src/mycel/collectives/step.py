@@ -136,6 +136,7 @@ class Trainer:
         """Take one optimiser step at a learning rate and return the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(rows)
+        check_loss(loss)
         norm = gradient_norm(self.stage, self.ranks) if self.clip_norm else 0.0
         if self.clip_norm and norm > self.clip_norm:
             for parameter in self.stage.parameters():
@@ -144,8 +145,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        if not math.isfinite(loss):
-            raise FloatingPointError("the loss is not a finite number: lower training.learning_rate")
         return loss
 
     def _plain(self, ids: Tensor, targets: Tensor, loss_of: Any) -> Tensor:
@@ -178,6 +177,12 @@ class Trainer:
         last = {"target": targets, "losses": losses} if self.stage.last else {}
         schedule.step(*([ids] if self.stage.first else []), return_outputs=False, **last)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=ids.device)
+
+
+def check_loss(loss: float) -> None:
+    """Refuse to step along a loss that is infinite or no number; every rank sees the same one."""
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is not a finite number: lower training.learning_rate")
 
 
 def _complete(stage: Stage) -> None:

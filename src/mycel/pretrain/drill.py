@@ -1,8 +1,8 @@
 """Recovery, rehearsed: real rank processes on this machine, of which some kill themselves at a chosen moment.
 
 A drill trains a small decoder on seeded tokens. A death is (step, member, phase, time): SIGKILL when that member comes
-to that phase ("forward", "backward", "exchange", "commit", "apply") for so many times within the step. The process that
-starts the ranks sees a death by the end of its pipe and announces the next epoch.
+to that phase ("forward", "backward", "exchange", "commit", "apply", "report") for so many times within the step. The
+process that starts the ranks sees a death by the end of its pipe and announces the next epoch.
 """
 
 from __future__ import annotations

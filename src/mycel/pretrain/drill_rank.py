@@ -85,13 +85,12 @@ def serve_drill(connection: Connection) -> None:
     torch.set_num_threads(1)
     job = json.loads(connection.recv_bytes())
     try:
-        report = _trained(job)
+        _train(job, lambda report: connection.send_bytes(report.to_bytes()))
     except Exception as error:  # whatever it is, the launcher must not take it for a death
-        report = Parcel("report", {"error": f"{type(error).__name__}: {error}"})
-    connection.send_bytes(report.to_bytes())
+        connection.send_bytes(Parcel("report", {"error": f"{type(error).__name__}: {error}"}).to_bytes())
 
 
-def _trained(job: dict[str, Any]) -> Parcel:
+def _train(job: dict[str, Any], hand_over: Callable[[Parcel], None]) -> None:
     told = job["drill"]
     drill = Drill(**{**told, "deaths": tuple(map(tuple, told["deaths"])), "shape": tuple(told["shape"])})
     deaths = [death for death in job["deaths"] if death[1] == job["member"]]
@@ -109,7 +108,7 @@ def _trained(job: dict[str, Any]) -> Parcel:
         save_every=drill.save_every,
     )
     enduring.note = _fate(enduring, deaths, drill.work)
-    return enduring.report(drill.steps)
+    enduring.train(drill.steps, hand_over)
 
 
 def rows_of(drill: Drill, step: int) -> Tensor:

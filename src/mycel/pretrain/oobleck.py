@@ -55,9 +55,10 @@ class Oobleck(Recovery):
         groups = [list(epochs[0][first:last]) for first, last in pairwise(edges)]
         for now in epochs[1:]:
             groups = filled([[member for member in group if member in now] for group in groups], self.least)
-        chosen = [known[len(group)] for group in groups]
+        # A group that took in another may have more members than the largest template: the last ones wait in it.
+        chosen = [known[min(len(group), max(known))] for group in groups]
         ways = tuple(
-            tuple(Segment(member, *stage) for member, stage in zip(group, each.stages, strict=True))
+            tuple(Segment(member, *stage) for member, stage in zip(group, each.stages, strict=False))
             for group, each in zip(groups, chosen, strict=True)
         )
         counts = divided(chosen, self.pieces)

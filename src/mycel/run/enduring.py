@@ -101,7 +101,7 @@ def run_enduring(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
         recoveries = [each for each in reports[min(reports)].header["recoveries"] if each["epoch"]]
         first = min(losses, default=recipe.rounds.count)
         result = {
-            **about(recipe, (before, after)),
+            **about(recipe, folder, (before, after)),
             "stayed": sorted(keeper.stayed),
             "recoveries": recoveries,
             "curve": {"first_step": first, "losses": [losses[step] for step in sorted(losses)]},
@@ -127,13 +127,13 @@ def _rank(connection: Connection, recipe: Recipe, base: Base, table: TokenTable,
     torch.set_num_threads(1)
     job = json.loads(connection.recv_bytes())
     try:
-        report = _trained(job, recipe, base, table, out)
+        enduring = _member(job, recipe, base, table, out)
+        enduring.train(recipe.rounds.count, lambda report: connection.send_bytes(report.to_bytes()))
     except Exception as error:  # whatever it is, it must not be taken for a death
-        report = Parcel("report", {"error": f"{type(error).__name__}: {error}"})
-    connection.send_bytes(report.to_bytes())
+        connection.send_bytes(Parcel("report", {"error": f"{type(error).__name__}: {error}"}).to_bytes())
 
 
-def _trained(job: dict[str, Any], recipe: Recipe, base: Base, table: TokenTable, out: Path) -> Parcel:
+def _member(job: dict[str, Any], recipe: Recipe, base: Base, table: TokenTable, out: Path) -> Enduring:
     layout, size = recipe.layout, recipe.training.batch_size
     chain = Chain(base.model, recipe.training)
     seed = seed_of(recipe.seed, "stream", 0)
@@ -143,7 +143,7 @@ def _trained(job: dict[str, Any], recipe: Recipe, base: Base, table: TokenTable,
         return rows
 
     rate = load_system(recipe).rate  # type: ignore[attr-defined]
-    enduring = Enduring(
+    return Enduring(
         Line(job["port"], job["member"], epoch=job["epoch"] - 1),
         chain,
         recovery_of(layout, chain.depth),
@@ -154,4 +154,3 @@ def _trained(job: dict[str, Any], recipe: Recipe, base: Base, table: TokenTable,
         copy_every=1 if layout.recovery == "gemini" else 0,
         save_every=layout.checkpoint_every or recipe.rounds.count,
     )
-    return enduring.report(recipe.rounds.count)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from mycel.collectives.layout import check_layout, ranks_of
 from mycel.collectives.program import Course, Program, checkpoint_folder
-from mycel.collectives.ranks import Ranks, island
+from mycel.collectives.ranks import island
 from mycel.collectives.saving import Checkpoints
 from mycel.data.cleaned import parse_cleaning
 from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
-from mycel.errors import EngineError, RecipeError
+from mycel.errors import EngineError, RecipeError, RunError
 from mycel.models.base import Base, find_base, open_base, save_model
 from mycel.models.layers import weight_sites
 from mycel.recipe.schema import Recipe
@@ -74,15 +74,15 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
             before = program.evaluate(store.held_out(0))
             course = program.train(store.pooled(), recipe.rounds.count, saves, note)
             after = program.evaluate(store.held_out(0))
+        except FloatingPointError as error:
+            raise RunError(str(error)) from error
         finally:
             if log is not None:
                 log.close()
         weights = program.collect()
         if not ranks.first:
             return None
-        result = _result(recipe, ranks, store, course, (before, after), time.monotonic() - started)
-        if recipe.data.cleaning:
-            result["cleaning"] = json.loads(folder.cleaning.read_text(encoding="utf-8"))
+        result = _result(recipe, folder, store, course, (before, after), time.monotonic() - started)
         if recipe.layout.chunks == 1:
             result["predicted"] = foretold(recipe, base.model.config)
         result["curve"]["before"] = [earlier.get(step) for step in range(course.first)]
@@ -129,9 +129,13 @@ def save_weights(base: Base, weights: dict[str, torch.Tensor], folder: RunFolder
     save_model(base, folder.model)
 
 
-def about(recipe: Recipe, losses: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Return what every result of an island says: which run it was, and the held-out loss before and after."""
-    before, after = losses
+def about(recipe: Recipe, folder: RunFolder, losses: tuple[float, float]) -> dict[str, Any]:
+    """Return what every result of an island says: which run it was, what cleaning left, and the held-out losses.
+
+    A loss that is no number, as where the held-out text fills no batch, is None.
+    """
+    before, after = (loss if math.isfinite(loss) else None for loss in losses)
+    cleaned = {"cleaning": json.loads(folder.cleaning.read_text(encoding="utf-8"))} if recipe.data.cleaning else {}
     return {
         "title": recipe.title,
         "system": recipe.system,
@@ -141,16 +145,16 @@ def about(recipe: Recipe, losses: tuple[float | None, float | None]) -> dict[str
         "ranks": ranks_of(recipe.layout),
         "rounds": [],
         "final": {"loss": after, "mixture": {"base": before, "federated": after}},
+        **cleaned,
     }
 
 
 def _result(
-    recipe: Recipe, ranks: Ranks, store: TokenStore, course: Course, losses: tuple[float, float], seconds: float
+    recipe: Recipe, folder: RunFolder, store: TokenStore, course: Course, losses: tuple[float, float], seconds: float
 ) -> dict[str, Any]:
-    before, after = (loss if math.isfinite(loss) else None for loss in losses)
     steps = sorted(course.seconds)
     return {
-        **about(recipe, (before, after)),
+        **about(recipe, folder, losses),
         "parties": [
             {"name": name, "samples": len(store.train(index)), "tokens": int(store.train(index).lengths().sum())}
             for index, name in enumerate(store.names)

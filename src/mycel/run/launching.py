@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from mycel.collectives.layout import check_layout, layouts, ranks_of
+from mycel.collectives.layout import carried, check_layout, layouts, ranks_of
 from mycel.collectives.program import checkpoint_folder
 from mycel.collectives.saving import whole_steps
 from mycel.engines.children import LOOPBACK, die_with_parent, free_port
@@ -26,7 +26,7 @@ from mycel.models.base import find_base, open_base
 from mycel.recipe.schema import Layout, Recipe
 
 GRACE = 1.0  # seconds for a rank's death to be seen after a neighbour failed of it
-KEPT = ("codec", "recompute", "checkpoint_every", "recovery")  # of a layout, when fewer ranks share the work
+KEPT = ("checkpoint_every", "recovery")  # of a layout, when fewer ranks share the work, besides memory and codec
 
 
 def launch(recipe: Recipe, words: Sequence[str], ranks: int, out: Path, resume: bool) -> int:
@@ -57,7 +57,8 @@ def smaller(recipe: Recipe, ranks: int) -> Layout:
     rows, length = recipe.training.batch_size, recipe.data.max_length
     for fewer in range(ranks - 1, 0, -1):
         for layout in layouts(fewer, base.model.config, rows, length):
-            kept = layout.model_copy(update={name: getattr(recipe.layout, name) for name in KEPT})
+            kept = carried(recipe.layout, layout)
+            kept = kept.model_copy(update={name: getattr(recipe.layout, name) for name in KEPT})
             try:
                 check_layout(kept, fewer, base.model.config, rows, length)
             except RecipeError:
