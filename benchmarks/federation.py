@@ -32,7 +32,7 @@ from common import Peak, arguments, proportional_bytes, show
 from mycel.engines import children
 from mycel.engines.flower import launch
 from mycel.engines.flower.engine import FlowerEngine
-from mycel.engines.line import Control, listen, opened
+from mycel.engines.line import Control, listen, opened, place_of
 from mycel.federation.keyring import Keyring
 from mycel.federation.place import read_post
 from mycel.federation.seat import Seat
@@ -132,10 +132,11 @@ async def connect(address: str) -> FlowerEngine:
     """Return an engine of a fresh run, once both parties are there."""
     post = read_post(address)
     home = Path(os.environ["MYCEL_STATE"]) / "coordinators" / address.replace(":", "_")
-    with listen(Path(post.line)) as door:
+    job = f"measure {time.time()}"
+    with listen(place_of(post.line, job)) as door:
         door.setblocking(False)
         dialled = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(door))
-        await asyncio.to_thread(launch.submit, home, f"measure {time.time()}")
+        await asyncio.to_thread(launch.submit, home, job)
         engine = FlowerEngine(opened((await dialled)[0]), list(post.seats.values()))
     while len(await engine.nodes()) < len(PARTIES):
         await asyncio.sleep(0.5)

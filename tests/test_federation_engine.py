@@ -33,7 +33,7 @@ from mycel.data.parties import load_parties
 from mycel.engines.engine import Arrival, Engine
 from mycel.engines.flower.apps import BESIDE, client, pack, server, unpack
 from mycel.engines.flower.engine import FlowerEngine
-from mycel.engines.line import LINE, Control, accept, dial, listen, receive, send, serve
+from mycel.engines.line import LINE, Control, accept, dial, listen, place_of, receive, send, serve
 from mycel.engines.resident import PartyHost, Resident
 from mycel.federation.demo import write_examples
 from mycel.federation.execute import Federated
@@ -138,7 +138,7 @@ class Parties:
         self.grid = MemoryGrid(contexts)
         path = self.folder / "line"
         os.environ[LINE] = str(path)
-        with listen(path) as door:
+        with listen(place_of(path, run["job"])) as door:
             arguments = (self.grid, Context(1, 0, {}, RecordDict(), run))
             threading.Thread(target=server, args=arguments, daemon=True).start()
             line = accept(door)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -14,7 +15,12 @@ from typing import Any
 from mycel.errors import EngineError
 
 Control = dict[str, Any]
-LINE = "MYCEL_LINE"  # environment of the SuperLink: where the coordinator's process listens
+LINE = "MYCEL_LINE"  # environment of the SuperLink: where coordinators' processes listen, each for its own job
+
+
+def place_of(line: str | Path, job: str) -> Path:
+    """Return where a job's ServerApp dials: one that was left by a killed run must not serve the next one."""
+    return Path(f"{line}-{hashlib.sha256(job.encode()).hexdigest()[:16]}")
 
 
 def send(line: Connection, control: Control, frame: bytes | memoryview = b"") -> None:

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from mycel.engines.flower.launch import has_ended, submit
-from mycel.engines.line import listen
+from mycel.engines.line import listen, place_of
 from mycel.errors import EngineError
 
 LOOK_AFTER = 5.0  # seconds between looks whether the ServerApp has failed
@@ -23,7 +23,8 @@ async def begin(home: Path, line: Path, job: str) -> socket.socket:
     line : Path
         Where its SuperLink's apps dial.
     """
-    with listen(line) as door:
+    own = place_of(line, job)
+    with listen(own) as door:
         door.setblocking(False)
         number = await asyncio.to_thread(submit, home, job)
         dialled = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(door))
@@ -35,3 +36,4 @@ async def begin(home: Path, line: Path, job: str) -> socket.socket:
             return dialled.result()[0]
         finally:
             dialled.cancel()
+            own.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from mycel.data.table import TokenTable
 from mycel.data.tokens import TokenStore
 from mycel.engines.flower.engine import FlowerEngine
-from mycel.errors import EngineError
+from mycel.errors import EngineError, RunError
 from mycel.federation.member import Task, base_sha256
 from mycel.federation.reach import Reach, reach
 from mycel.fleet import load_fleet
@@ -37,7 +37,7 @@ from mycel.rounds.site import Job, Site
 from mycel.rounds.world import Node, World
 from mycel.run.checkpoint import checkpoint_clock, read_checkpoint, restore, save_checkpoint
 from mycel.run.execute import Execution, Silent, Watcher, check_recipe
-from mycel.run.folder import RunFolder
+from mycel.run.folder import RunFolder, write_json
 from mycel.run.frames import FrameRecorder
 from mycel.run.log import EventLog
 from mycel.run.result import build_result
@@ -47,6 +47,7 @@ LEFT_OUT = (
     "Not compared with {}: that takes everyone's examples in one place, or each one's own model on everyone's, and on "
     "a federation neither leaves its party. Each can train alone at home: mycel run with system=local."
 )
+PARTIES = "parties.json"  # in a run's folder of work: who took part, for who is node 0 must stay node 0
 LOOK = 0.5  # seconds between looks for parties that have joined
 
 
@@ -173,20 +174,33 @@ class Federated(Execution):
     async def gather(self, engine: FlowerEngine) -> list[Node]:
         """Wait for as many parties as the recipe counts on, and hear what each says of itself; some may decline."""
         wanted = len(self.recipe.data.parties) if isinstance(self.recipe.data.parties, list) else self.recipe.data.count
+        before = read_names(self.folder.work / PARTIES)
         while True:
             there = await self._present(engine)
-            chosen = [(name, there[name]) for name in there if name not in self.declined][:wanted]
+            self._check_still_admitted(before)
+            names = before or [name for name in there if name not in self.declined][:wanted]
+            chosen = [(name, there[name]) for name in names if name in there and name not in self.declined]
             self.watcher.phase("waiting for the parties", len(chosen), wanted)
             if len(chosen) == wanted:
                 nodes = await self._hear(engine, chosen)
                 if len(nodes) == wanted:
                     engine.addresses = [address for _, address in chosen]
+                    write_json(self.folder.work / PARTIES, {"names": names})
                     return nodes
-            elif self.declined and len(self.seats) - len(self.declined) < wanted:
+            elif self.declined and len(before or self.seats) - len(self.declined) < wanted:
                 said = "; ".join(f"{name} says that {why}" for name, why in self.declined.items())
                 raise EngineError(f"{wanted} parties are needed, and of {len(self.seats)} some decline: {said}")
             else:
                 await asyncio.sleep(LOOK)
+
+    def _check_still_admitted(self, before: Sequence[str]) -> None:
+        """Refuse to go on with others than a run was begun with: what is one party's own would be given to another."""
+        gone = [name for name in before if name not in self.seats]
+        if self.hub.secure and gone:
+            raise RunError(
+                f"the run was begun with {', '.join(before)}, and {', '.join(gone)} is admitted no longer: "
+                "admit it again, or start a run in another folder"
+            )
 
     async def _hear(self, engine: FlowerEngine, chosen: list[tuple[str, int]]) -> list[Node]:
         """Return what parties say of themselves; whoever declines is logged, and not asked again."""
@@ -215,6 +229,18 @@ class Federated(Execution):
         ):
             self.seats[str(control.get("said", {}).get("name", address))] = address
         return {name: address for name, address in sorted(self.seats.items()) if address in there}
+
+
+def read_names(path: Path) -> list[str]:
+    """Return with whom a run was begun, in the order of their numbers; nobody if it was not."""
+    if not path.exists():
+        return []
+    try:
+        return [str(name) for name in json.loads(path.read_text())["names"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(
+            f"{str(path)!r} is damaged ({error}): it names the parties of the run that it belongs to"
+        ) from error
 
 
 def _node(index: int, name: str, control: Mapping[str, Any]) -> Node | str:
@@ -251,7 +277,7 @@ def run_federated(
     key: Path | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` on the federation whose coordinator listens at ``address``; ``key`` is an operator's bundle."""
-    hub = reach(address, key)
+    hub = reach(address, key, recipe.rounds.patience)
     left_out, recipe = recipe.compare, recipe.replace({"compare": []})
     check_recipe(recipe)
     folder = RunFolder(out)

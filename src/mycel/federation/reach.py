@@ -9,8 +9,10 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,8 +26,11 @@ from mycel.federation.hub import split
 from mycel.federation.place import Post, overview, read_post, state_folder, write_status
 from mycel.guard.gates import client_context
 from mycel.guard.keys import Identity, pem
+from mycel.recipe.schema import Rounds
+from mycel.rounds.deadline import Wait
 
-PATIENCE = 60.0  # seconds for an answer of the coordinator's own
+ATTEMPTS = 12  # at a question whose answer does not come in the learnt time, which doubles for each
+LONGEST = 1 << 24  # bytes of an answer
 
 
 class Reach(Protocol):
@@ -76,6 +81,7 @@ class Elsewhere:
 
     address: str
     key: Path
+    patience: float = Rounds().patience
     secure: bool = True
     _latest: bytes = b""
     _closing: bool = False
@@ -88,6 +94,7 @@ class Elsewhere:
             authority = Path(folder) / "authority.crt"
             authority.write_bytes(pem(identity.authority))
             self._context = client_context(authority, self.key)
+        self._wait = Wait(self.patience)
 
     def overview(self) -> dict[str, Any]:
         """Return how the coordinator, its gate and its latest run stand."""
@@ -99,19 +106,35 @@ class Elsewhere:
         return {name: int(number) for name, number in self.overview()["seats"].items()}
 
     def _ask(self, path: str, body: bytes) -> bytes:
+        """Ask, and again while nothing comes in the time that answers lately took; the first has all the time."""
+        silence: OSError = TimeoutError("it is silent")
+        for _ in range(ATTEMPTS):
+            began, allowed = time.monotonic(), self._wait.seconds
+            try:
+                status, said = self._ask_once(path, body, allowed)
+            except TimeoutError as error:
+                if allowed is None:
+                    raise self._unreached(error) from error
+                silence = error
+                self._wait.lost()
+                continue
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreached(error) from error
+            self._wait.learn(time.monotonic() - began)
+            if status != 200:
+                raise RunError(f"the coordinator at {self.address} refuses: {said.decode(errors='replace')[:500]}")
+            return said
+        raise self._unreached(silence)
+
+    def _ask_once(self, path: str, body: bytes, allowed: float | None) -> tuple[int, bytes]:
         host, port = split(self.address)
-        call = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=self._context)
+        call = http.client.HTTPSConnection(host, port, timeout=allowed, context=self._context)
         try:
             call.request("POST", path, body)
             answer = call.getresponse()
-            said = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unreached(error) from error
+            return answer.status, answer.read(LONGEST)
         finally:
             call.close()
-        if answer.status != 200:
-            raise RunError(f"the coordinator at {self.address} refuses: {said.decode(errors='replace')[:500]}")
-        return said
 
     def _unreached(self, error: Exception) -> RunError:
         if isinstance(error, ssl.SSLError | ConnectionResetError | http.client.RemoteDisconnected):
@@ -168,10 +191,8 @@ class Elsewhere:
             self._news.wait()
             self._news.clear()
             closing = self._closing
-            try:
+            with suppress(RunError):  # this piece of news is lost; the next may pass
                 self._ask(STANDING, self._latest)
-            except RunError:
-                return  # the run's own line says what is wrong
 
     def close(self) -> None:
         """Wait until the last word on the run was sent."""
@@ -181,11 +202,11 @@ class Elsewhere:
             self._teller.join()
 
 
-def reach(address: str, key: Path | None) -> Reach:
+def reach(address: str, key: Path | None, patience: float) -> Reach:
     """Return the coordinator at ``address``: with an operator's key wherever it is, without one on this machine."""
     if key is None:
         return Here(address)
-    found = Elsewhere(address, key)
+    found = Elsewhere(address, key, patience)
     found.overview()
     return found
 

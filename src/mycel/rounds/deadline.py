@@ -9,6 +9,7 @@ time in a row that the node stayed silent. Where the engine predicts nothing, li
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -44,7 +45,42 @@ class Deadlines:
             taken = [seconds for node in self.recent.values() for seconds in node]
         if not taken:
             return None
-        middle = median(taken)
         doubt = 1 + DOUBT / len(taken) if predicted is None else 1.0
-        spread = doubt * max(median(abs(seconds - middle) for seconds in taken), middle / 4)
-        return request.asked + (middle + patience * spread) * float(2 ** min(self.silent[request.node], 16))
+        return request.asked + allowance(taken, patience, doubt, self.silent[request.node])
+
+
+@dataclass
+class Wait:
+    """How long an answer of one place, asked again and again, is waited for.
+
+    Parameters
+    ----------
+    patience : float
+        How far beyond the usual, as for parties.
+    """
+
+    patience: float
+    taken: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    silent: int = 0
+
+    def learn(self, seconds: float) -> None:
+        """Take note of an answer."""
+        self.taken.append(seconds)
+        self.silent = 0
+
+    def lost(self) -> None:
+        """Take note that none came."""
+        self.silent += 1
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds for the next; None with nothing to go by."""
+        taken = list(self.taken)
+        return allowance(taken, self.patience, 1 + DOUBT / len(taken), self.silent) if taken else None
+
+
+def allowance(taken: Sequence[float], patience: float, doubt: float, silent: int) -> float:
+    """Return for how many seconds to wait where earlier answers took as many as ``taken``."""
+    middle = median(taken)
+    spread = doubt * max(median(abs(seconds - middle) for seconds in taken), middle / 4)
+    return (middle + patience * spread) * float(2 ** min(silent, 16))

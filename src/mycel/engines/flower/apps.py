@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from mycel.engines.line import LINE, Control, dial, receive, send
+from mycel.engines.line import LINE, Control, dial, place_of, receive, send
 
 PATIENT = 0.05  # share of the time waited so far that may pass before asking the SuperLink again
 SOONEST, LATEST = 0.05, 1.0  # seconds between two such questions
@@ -60,7 +60,7 @@ def answer(message: Message, context: Context) -> Message:
 @server.main()
 def carry(grid: Grid, context: Context) -> None:
     """Carry the coordinator's messages until it hangs up."""
-    with dial(os.environ[LINE]) as line:
+    with dial(str(place_of(os.environ[LINE], str(context.run_config["job"])))) as line:
         post = Post(grid, line)
         try:
             while True:
