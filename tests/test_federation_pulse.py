@@ -18,6 +18,7 @@ from mycel.federation import pulse, seat
 from mycel.federation.pulse import SILENT, Pulse
 from mycel.federation.seat import Seat
 from mycel.guard.gates import HEARTBEAT, POLL
+from mycel.guard.handed import ANSWER
 from mycel.testing.engines import Echo
 
 
@@ -67,6 +68,25 @@ def test_a_node_that_waits_for_long_work_is_left_alone() -> None:
     assert "heartbeats" not in found.stopped()
     clock.now += 0.2 * SILENT
     assert found.stopped()
+
+
+def test_a_node_that_asks_for_more_while_it_owes_an_answer_lags() -> None:
+    found = Pulse(Clock())
+    reply = found.around(lambda control, frame: (control, frame))
+    for _ in range(3):  # one message after another, each answered before the next is asked for
+        found.heard(POLL)
+        reply({}, b"")
+        found.heard(ANSWER)
+        assert not found.stopped()
+    found.heard(POLL)
+    found.heard(ANSWER)  # the answer of a run that has ended, in this one's turn
+    found.heard(POLL)
+    reply({}, b"")
+    assert not found.stopped()
+    found.heard(POLL)
+    assert "before it has passed on an answer" in found.stopped()
+    found.started()
+    assert not found.stopped()
 
 
 class Silent(Echo):

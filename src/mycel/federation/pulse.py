@@ -5,6 +5,9 @@
 Flower's node may run on and do nothing: one refused heartbeat ends the thread that sends them, and a node whose app
 ended before it took its message waits for an answer for ever. Its own bounds are 60 seconds without heartbeats and 90
 without a word of an app; a node that is silent for longer than both waits for nothing.
+
+Or it may lag: an app that works on for a run which ended answers in another run's turn, and from then on each answer
+waits for another message. A node that asks for a message while it owes an answer lags.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mycel.engines.line import Control
-from mycel.guard.gates import HEARTBEAT
+from mycel.guard.gates import HEARTBEAT, POLL
+from mycel.guard.handed import ANSWER
 
 SILENT = 120.0  # seconds
 Reply = Callable[[Control, bytes], tuple[Control, bytes]]
@@ -33,13 +37,16 @@ class Pulse:
     def started(self) -> None:
         """Take note that the node was started."""
         self._beat = self._deed = self.clock()
+        self._owes = self._lags = False
 
     def heard(self, path: str) -> None:
         """Take note of a request of the node's."""
         if path == HEARTBEAT:
             self._beat = self.clock()
-        else:
-            self._deed = self.clock()
+            return
+        self._deed = self.clock()
+        self._lags |= self._owes and path == POLL
+        self._owes &= path != ANSWER
 
     def around(self, reply: Reply) -> Reply:
         """Return ``reply``, whose work counts as the node's: it waits for it."""
@@ -49,12 +56,14 @@ class Pulse:
             try:
                 return reply(control, frame)
             finally:
-                self._busy, self._deed = self._busy - 1, self.clock()
+                self._busy, self._deed, self._owes = self._busy - 1, self.clock(), True
 
         return counted
 
     def stopped(self) -> str:
         """Return what the node has stopped doing, or nothing."""
+        if self._lags:
+            return "asks for messages before it has passed on an answer"
         now = self.clock()
         if now - self._beat > SILENT:
             return "sends no heartbeats"
