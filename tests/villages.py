@@ -30,6 +30,15 @@ RECIPE = [
 Events = list[dict[str, Any]]
 
 
+def peak_of(pid: int | str) -> int:
+    """Return the most memory that a process has had, in bytes, as the kernel kept it; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
 @dataclass
 class Going:
     """A run in a process of its own."""
@@ -37,6 +46,7 @@ class Going:
     village: Village
     out: Path
     process: subprocess.Popen[bytes]
+    peak: int = 0
 
     def events(self) -> Events:
         path = self.out / "events.jsonl"
@@ -49,7 +59,10 @@ class Going:
             time.sleep(0.1)
 
     def finish(self) -> dict[str, Any]:
-        assert self.process.wait() == 0, self.words()
+        while self.process.poll() is None:
+            self.peak = max(self.peak, peak_of(self.process.pid))
+            time.sleep(0.05)
+        assert self.process.returncode == 0, self.words()
         found: dict[str, Any] = json.loads((self.out / "result.json").read_text())
         return found
 

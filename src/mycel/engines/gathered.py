@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Gathered:
             self.first = part
         else:
             if self.path is None:
-                descriptor, name = tempfile.mkstemp(prefix="mycel-", suffix=SUFFIX)
+                sweep(Path(tempfile.gettempdir()))
+                descriptor, name = tempfile.mkstemp(prefix=f"mycel-{os.getpid()}-", suffix=SUFFIX)
                 os.close(descriptor)
                 self.path = Path(name)
                 self.end = weakref.finalize(self, self.path.unlink, missing_ok=True)
@@ -45,3 +47,12 @@ class Gathered:
             self.end.detach()
         weakref.finalize(kept, self.path.unlink, missing_ok=True)
         return kept
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes left there that were killed: each file says whose it is."""
+    for path in folder.glob(f"mycel-*-*{SUFFIX}"):
+        owner = path.name.split("-")[1]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            with suppress(OSError):  # another's user's, or gone already
+                path.unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 from mycel.engines import children
 from mycel.engines.children import LOOPBACK
 from mycel.engines.flower import launch
-from mycel.errors import EngineError, RunError
+from mycel.errors import EngineError, MycelError, RunError
 from mycel.federation.desk import Desk
 from mycel.federation.keyring import Keyring
 from mycel.federation.place import Post, state_folder, write_post
@@ -66,7 +66,10 @@ class Hub:
             try:
                 while True:
                     await asyncio.sleep(TICK)
-                    await self._look(relay)
+                    try:
+                        await self._look(relay)
+                    except MycelError as error:  # parties that are there are not to lose their coordinator for it
+                        logger.warning("%s: it is tried again", error)
             finally:
                 server.close()
                 await relay.close()

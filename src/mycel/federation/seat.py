@@ -73,6 +73,7 @@ class Seat:
             if self._door is not None:
                 self._door.close()
             shutil.rmtree(self._work, ignore_errors=True)
+            (self.folder / "node.key").unlink(missing_ok=True)
 
     def _contexts(self) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
         """TLS towards the party's own node, and towards the coordinator."""
@@ -83,10 +84,13 @@ class Seat:
         (self._work / "inner.crt").write_bytes(pem(root.certificate))
         self.identity.save(self._work / "party.pem")
         (self._work / "authority.crt").write_bytes(pem(self.identity.authority))
-        (self._work / "node.key").touch(0o600)
-        (self._work / "node.key").write_bytes(openssh_private(self.identity.key))
+        (self.folder / "node.key").touch(0o600)  # in the party's own folder: a process that is killed removes nothing
+        (self.folder / "node.key").write_bytes(openssh_private(self.identity.key))
         inward = server_context(self._work / "gate.pem")
-        return inward, client_context(self._work / "authority.crt", self._work / "party.pem")
+        outward = client_context(self._work / "authority.crt", self._work / "party.pem")
+        for name in ("gate.pem", "party.pem"):  # read; a second copy of a key is one too many
+            (self._work / name).unlink()
+        return inward, outward
 
     async def _keep_node(self, gate: str) -> None:
         """Start the node, and again whenever it has ended: the coordinator was away, or it knows us by a new number.
@@ -95,7 +99,7 @@ class Seat:
         """
         pause = SOONEST
         secure = self.identity is not None
-        authority, key = (self._work / "inner.crt", self._work / "node.key") if secure else (None, None)
+        authority, key = (self._work / "inner.crt", self.folder / "node.key") if secure else (None, None)
         while True:
             began = asyncio.get_running_loop().time()
             self._node = launch.supernode(self.folder, gate, authority, key, self._work / "line")

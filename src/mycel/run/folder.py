@@ -58,7 +58,7 @@ class RunFolder:
             raise RunError(
                 f"another run is writing to {str(self.path)!r}: wait for it, or choose another folder with --out"
             ) from error
-        for path in self.work.glob(f"*{SUFFIX}"):  # a run that was killed left them
+        for path in (*self.work.glob(f"*{SUFFIX}"), *self.work.glob(".*.[0-9]*")):  # a run that was killed left them
             path.unlink()
         try:
             fresh = self._claim(recipe, resume)
