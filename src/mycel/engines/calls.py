@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+from mycel.engines.identity import NAME
 from mycel.errors import EngineError, MycelError
 
 Answer = bytes | AsyncIterator[bytes]
@@ -236,7 +237,7 @@ class Calls(ABC):
             return
         sender = frame[HEADER.size : HEADER.size + first].decode(errors="replace")
         verb, body = frame[HEADER.size + first : start].decode(errors="replace"), frame[start:]
-        if kind == CALL:
+        if kind == CALL and NAME.fullmatch(sender):  # what is no name may be an address of many
             self._begin(sender, verb, number, body, alone)
         elif kind == MORE and number in self._credit:
             self._credit[number].release()

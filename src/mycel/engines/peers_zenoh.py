@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import tempfile
-from collections import deque
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ try:
 except ImportError as error:  # pragma: no cover - the test extra brings it
     raise ExtraMissing("eclipse-zenoh", "swarm") from error
 
+LARGE = 1 << 18  # bytes of a frame that may not fit what lies between here and one who does not read
+MOST_PUBLISHERS = 1024
+
 
 class ZenohPeers(Peers):
     """A member of a swarm on a network; made by ``join``."""
@@ -26,7 +29,9 @@ class ZenohPeers(Peers):
     def __init__(self, identity: Identity, swarm: str, session: Any, secrets: Any) -> None:
         super().__init__(identity)
         self._root, self._session, self._secrets = f"mycel/{swarm}", session, secrets
-        self._publishers: dict[str, Any] = {}
+        self._publishers: OrderedDict[str, Any] = OrderedDict()
+        self._lines: dict[str, deque[bytes]] = {}  # of frames to those who are being sent a large one
+        self._sending: set[asyncio.Task[None]] = set()
         self._inbox: deque[bytes] = deque()
         self._announcement: bytes | None = None
         self._alive: Any = None
@@ -74,13 +79,34 @@ class ZenohPeers(Peers):
         return cls(identity, swarm, session, secrets)
 
     def _send(self, peer: str, frame: bytes) -> None:
-        publisher = self._publishers.get(peer)
-        if publisher is None:
-            publisher = self._publishers[peer] = self._session.declare_publisher(
-                f"{self._root}/to/{peer}", congestion_control=zenoh.CongestionControl.BLOCK, express=True
-            )
-        with contextlib.suppress(zenoh.ZError):  # a frame to one who is gone is lost; its liveliness tells
-            publisher.put(frame)
+        if peer in self._lines:
+            self._lines[peer].append(frame)
+        elif len(frame) <= LARGE:
+            _put(self._publisher(peer), frame)
+        else:
+            self._lines[peer] = deque([frame])
+            task = self._loop.create_task(self._drain(peer, self._publisher(peer)))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+    async def _drain(self, peer: str, publisher: Any) -> None:
+        """Send a large frame, and what comes behind it, from another thread: who does not read holds up nobody else."""
+        line = self._lines[peer]
+        try:
+            while line:
+                await asyncio.to_thread(_put, publisher, line.popleft())
+        finally:
+            del self._lines[peer]
+
+    def _publisher(self, peer: str) -> Any:
+        publisher = self._publishers.pop(peer, None) or self._session.declare_publisher(
+            f"{self._root}/to/{peer}", congestion_control=zenoh.CongestionControl.BLOCK, express=True
+        )
+        self._publishers[peer] = publisher
+        if len(self._publishers) > MOST_PUBLISHERS:  # members come and go under ever new names
+            _, oldest = self._publishers.popitem(last=False)
+            _undeclare(oldest)
+        return publisher
 
     def _publish(self, announcement: bytes | None) -> None:
         self._announcement = announcement
@@ -93,9 +119,11 @@ class ZenohPeers(Peers):
 
     async def _leave(self) -> None:
         self._unalive()
+        for task in list(self._sending):
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
         for declared in (*self._declared, *self._publishers.values()):
-            with contextlib.suppress(zenoh.ZError):
-                declared.undeclare()
+            _undeclare(declared)
         await asyncio.to_thread(self._session.close)
         self._secrets.cleanup()
 
@@ -143,6 +171,16 @@ class ZenohPeers(Peers):
     def _tell_facts(self, query: Any) -> None:
         if self._announcement is not None:
             query.reply(f"{self._root}/facts/{self.name}", self._announcement)
+
+
+def _put(publisher: Any, frame: bytes) -> None:
+    with contextlib.suppress(zenoh.ZError):  # a frame to one who is gone is lost; its liveliness tells
+        publisher.put(frame)
+
+
+def _undeclare(declared: Any) -> None:
+    with contextlib.suppress(zenoh.ZError, RuntimeError):  # the latter: a thread still sends; it ends with the session
+        declared.undeclare()
 
 
 def _config(identity: Identity, folder: Path, routers: tuple[str, ...], listen: str, router: bool) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ from mycel.segments.crossing import Crossing
 from mycel.segments.directory import Directory
 from mycel.segments.session import Hop, Session
 from mycel.segments.steps import Forms
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class SwarmModel:
         if len(crossings) == 1:
             await crossings[0].run()
         else:
-            await asyncio.gather(*(crossing.run() for crossing in crossings))
+            await all_of(*(crossing.run() for crossing in crossings))
         wanted = []
         for turn, start in zip(turns, starts, strict=True):
             turn.session.length = start + len(turn.tokens)
@@ -164,16 +168,16 @@ class SwarmModel:
             for hop in session.hops:
                 keys.setdefault(hop.leg.peer, []).append(hop.key)
             session.hops = []
-        for peer, names in keys.items():
-            frame = self.boundary.pack("close", {"sessions": names})
-            try:
-                await self.peers.call(peer, "close", frame, within=5.0)
-            except EngineError:
-                continue  # a peer that is gone has dropped them already
+        await asyncio.gather(*(self._close(peer, names) for peer, names in keys.items()))
 
     async def close(self) -> None:
         """Stop watching the swarm; the member itself stays."""
         await self.directory.close()
+
+    async def _close(self, peer: str, names: list[str]) -> None:
+        frame = self.boundary.pack("close", {"sessions": names})
+        with suppress(EngineError):  # a peer that is gone has dropped them already
+            await self.peers.call(peer, "close", frame, within=5.0)
 
     async def _route(self) -> list[Hop]:
         legs = await self.directory.route(0, self.cut.depth, self.patience)
@@ -192,6 +196,15 @@ class SwarmModel:
         for hop in hops:
             self.replays += 1
             hop.held = 0
+
+
+async def all_of(*works: Awaitable[Found]) -> list[Found]:
+    """Return what all of them return; when one fails, it is raised after the others have ended too."""
+    done = await asyncio.gather(*works, return_exceptions=True)
+    for each in done:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in done if not isinstance(each, BaseException)]
 
 
 def fingerprint(folder: Path) -> str:

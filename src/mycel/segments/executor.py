@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from mycel.segments.client import SwarmModel, Turn
+from mycel.segments.client import SwarmModel, Turn, all_of
 from mycel.segments.session import Session
 
 Found = TypeVar("Found")
@@ -53,6 +54,7 @@ class Pipeline:
         self.model, self.loop = model, loop
         self.vocabulary, self.context = model.vocabulary, model.context
         self.sessions: dict[int, Session] = {}
+        self._forgetting: set[Future[None]] = set()
 
     def reserve(self, pages: int, size: int) -> None:
         """Keep nothing here: peers make room as sessions grow."""
@@ -71,18 +73,21 @@ class Pipeline:
         return self._wait(self._halves(turns[:middle], turns[middle:]))
 
     def forget(self, sequence: int) -> None:
-        """Drop what the peers keep for a sequence."""
+        """Have the peers drop what they keep for a sequence; the caller does not wait for them."""
         session = self.sessions.pop(sequence, None)
         if session is not None:
-            self._wait(self.model.forget([session]))
+            told = asyncio.run_coroutine_threadsafe(self.model.forget([session]), self.loop)
+            self._forgetting.add(told)
+            told.add_done_callback(self._forgetting.discard)
 
     def close(self) -> None:
         """Forget everything; the model itself stays open."""
         for sequence in list(self.sessions):
             self.forget(sequence)
+        wait(list(self._forgetting))
 
     async def _halves(self, first: list[Turn], second: list[Turn]) -> Tensor:
-        return torch.cat(await asyncio.gather(self.model.step(first), self.model.step(second)))
+        return torch.cat(await all_of(self.model.step(first), self.model.step(second)))
 
     def _wait(self, work: Coroutine[Any, Any, Found]) -> Found:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()

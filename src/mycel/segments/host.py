@@ -60,6 +60,7 @@ class Host:
         self.steps = self.batches = 0
         self.seconds = self._lately = 0.0  # the latter: of the last batch
         self._forms, self._reader, self._busy = Forms(), Reader(), False
+        self._over: list[str] = []  # sessions that ended while a batch was computed
         # OpenMP counts its threads for each thread that calls it.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
@@ -68,15 +69,19 @@ class Host:
 
     async def start(self, lease: float = 15.0) -> None:
         """Measure, then announce what is served."""
-        self.seconds = await self._in_thread(self._measure)
+        self.seconds = await self._in_thread(lambda: self._measure(self.segment))
+        await self._announce(lease)
+
+    async def _announce(self, lease: float) -> None:
         facts = {"model": self.model, "first": self.segment.first, "last": self.segment.last, "seconds": self.seconds}
         await self.peers.announce({**facts, "depth": self.segment.cut.depth}, lease)
 
     async def replace(self, segment: Segment) -> None:
         """Serve another segment from now on; sessions of the old one are lost here, and rebuilt by their owners."""
+        self.seconds = await self._in_thread(lambda: self._measure(segment))
         await self.peers.withdraw()
         self.segment = segment
-        await self.start()
+        await self._announce(15.0)
 
     async def close(self) -> None:
         """Stop working; the member itself stays."""
@@ -149,9 +154,14 @@ class Host:
 
     async def _close(self, frame: bytes) -> bytes:
         parcel = Boundary.unpack(frame, ("close",))
-        for session in parcel.header.get("sessions", [])[:MOST_ROWS]:
-            self.segment.slab.drop(str(session))
+        self._over += [str(session) for session in parcel.header.get("sessions", [])[:MOST_ROWS]]
+        if not self._busy:  # a batch in the other thread may hold them
+            self._drop()
         return b""
+
+    def _drop(self) -> None:
+        while self._over:
+            self.segment.slab.drop(self._over.pop())
 
     async def _forward(self, frame: bytes) -> bytes:
         parcel = Boundary.unpack(frame, ("forward",))
@@ -175,7 +185,8 @@ class Host:
             while not self._queue.empty():
                 more = self._queue.get_nowait()
                 names = {row.session for row in more.rows}
-                if (more.first, more.last) == (jobs[0].first, jobs[0].last) and not names & taken:
+                alike = (more.first, more.last) == (jobs[0].first, jobs[0].last)
+                if alike and not names & taken and len(names | taken) <= self.segment.slab.most:
                     jobs.append(more)
                     taken |= names
                 else:  # its turn comes with the next batch, behind what waits already
@@ -200,11 +211,15 @@ class Host:
             few = sum(len(job.hidden) for job in ready) <= AT_ONCE
             found = self._run(ready) if few else await self._in_thread(lambda: self._run(ready))
         except Exception as error:  # whoever asked is told; the next batch is computed all the same
-            for job in ready:
-                _fail(job, error)
+            if len(ready) == 1:
+                _fail(ready[0], error)
+            else:  # what one of them asks is not to fail the others
+                for job in ready:
+                    await self._compute([job])
             return
         finally:
             self._busy = False
+            self._drop()
         for job, part in zip(ready, torch.split(found, [len(job.hidden) for job in ready]), strict=True):
             if job.done is not None and not job.done.done():
                 job.done.set_result(part)
@@ -252,16 +267,16 @@ class Host:
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _measure(self) -> float:
+    def _measure(self, segment: Segment) -> float:
         """Return the seconds of one block for one token: the best of a few, the first of which warms up."""
-        states = torch.zeros(1, 1, self.segment.width)
+        states = torch.zeros(1, 1, segment.width)
         best = float("inf")
         with torch.inference_mode():
             for _ in range(4):
                 started = time.perf_counter()
-                self.segment.cut.run(states, self.segment.first, self.segment.last)
+                segment.cut.run(states, segment.first, segment.last)
                 best = min(best, time.perf_counter() - started)
-        return best / (self.segment.last - self.segment.first)
+        return best / (segment.last - segment.first)
 
 
 def _fail(job: _Job, error: Exception) -> None:

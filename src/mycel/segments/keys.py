@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +13,22 @@ from transformers import Cache
 from mycel.errors import EngineError
 
 START = 64  # positions that a slab has room for at first
+
+
+class Entering(Protocol):
+    """New positions of a session, ``turn`` its latest step's number."""
+
+    @property
+    def session(self) -> str:
+        """Identity."""
+
+    @property
+    def start(self) -> int:
+        """Place of the first; what the session holds beyond is taken back."""
+
+    @property
+    def turn(self) -> int:
+        """Number of this step among the session's."""
 
 
 class Slab:
@@ -22,32 +40,42 @@ class Slab:
         Most sessions; the one longest unused makes room.
     positions : int
         Most positions of a session.
+    memory : int
+        Bytes that one block may take; 0: no limit.
     """
 
-    def __init__(self, sessions: int = 64, positions: int = 4096) -> None:
-        self.most, self.positions = sessions, positions
+    def __init__(self, sessions: int = 256, positions: int = 4096, memory: int = 0) -> None:
+        self.most, self.positions, self.memory = sessions, positions, memory
         self.slots: dict[str, int] = {}  # in the order of their last use
         self.lengths: dict[str, int] = {}
         self.turns: dict[str, int] = {}  # of the latest step of each
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._free: list[int] = []
 
-    def enter(self, session: str, start: int, turn: int = 0) -> None:
-        """Find a session that goes on at ``start`` with its step ``turn``; what it holds beyond is taken back.
+    def enter(self, rows: Sequence[Entering]) -> None:
+        """Find the sessions of a batch, or make room for new ones.
 
         Raises
         ------
         LookupError
-            When not all positions before ``start`` are held.
+            When not all positions before a session's start are held.
+        EngineError
+            When there are more rows than sessions that can be held.
         """
-        if start and (session not in self.slots or self.lengths[session] < start):
-            raise LookupError(session)
-        if session not in self.slots:
-            if len(self.slots) >= self.most:
-                self.drop(next(iter(self.slots)))
-            self.slots[session] = self._free.pop() if self._free else len(self.slots)
-        self.slots[session] = self.slots.pop(session)
-        self.lengths[session], self.turns[session] = start, turn
+        if len(rows) > self.most:
+            raise EngineError(f"{len(rows)} sessions in one step; at most {self.most} are held here")
+        for row in rows:
+            if row.start and (row.session not in self.slots or self.lengths[row.session] < row.start):
+                raise LookupError(row.session)
+        for row in rows:  # first those that are known: none of them is to make room for the others
+            if row.session in self.slots:
+                self.slots[row.session] = self.slots.pop(row.session)
+        for row in rows:
+            if row.session not in self.slots:
+                if len(self.slots) >= self.most:
+                    self.drop(next(iter(self.slots)))
+                self.slots[row.session] = self._free.pop() if self._free else len(self.slots)
+            self.lengths[row.session], self.turns[row.session] = row.start, row.turn
 
     def drop(self, session: str) -> None:
         """Forget a session."""
@@ -60,6 +88,7 @@ class Slab:
         longest = max(self.lengths[session] for session in sessions) + count
         if longest > self.positions:
             raise EngineError(f"a session of {longest:,} positions; at most {self.positions:,} are held here")
+        self._make_room(sessions, longest)
         return Rows(self, sessions, count, first)
 
     def store(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> None:
@@ -71,19 +100,53 @@ class Slab:
             else:
                 store[rows.slots[:, None], :, rows.places] = new.transpose(1, 2)
 
+    def _room(self) -> int:
+        """Return how many positions of all slots together a block may take; 0: no limit."""
+        pair = next(iter(self.layers.values()), None)
+        if not self.memory or pair is None:
+            return 0
+        return self.memory // sum(part.shape[1] * part.shape[3] * part.element_size() for part in pair)
+
+    def _extent(self, longest: int) -> tuple[int, int]:
+        """Return how many slots are taken, and how many positions the longest session will have."""
+        return max(self.slots.values()) + 1, max(longest, *self.lengths.values())
+
+    def _make_room(self, sessions: list[str], longest: int) -> None:
+        """Let go of sessions, the longest unused first, until these fit; the others move together."""
+        room = self._room()
+        if not room or math.prod(self._extent(longest)) <= room:
+            return
+        for session in [each for each in self.slots if each not in sessions]:
+            if len(self.slots) * self._extent(longest)[1] <= room:
+                break
+            self.drop(session)
+        if len(self.slots) * self._extent(longest)[1] > room:
+            raise EngineError(f"{len(self.slots)} sessions of {longest:,} positions: {room:,} have room here")
+        stored = min(len(keys) for keys, _ in self.layers.values())
+        order = sorted(self.slots, key=lambda each: self.slots[each] >= stored)  # the newest have nothing here yet
+        kept = torch.tensor([self.slots[each] for each in order if self.slots[each] < stored], dtype=torch.int64)
+        held = max(self.lengths.values())
+        for layer, (keys, values) in self.layers.items():
+            self.layers[layer] = keys[kept, :, :held], values[kept, :, :held]
+        places = {session: place for place, session in enumerate(order)}
+        self.slots, self._free = {session: places[session] for session in self.slots}, []
+
     def _grow(self, layer: int, keys: Tensor, values: Tensor, slots: int, longest: int) -> None:
         held = self.layers.get(layer)
-        if held is not None and held[0].shape[0] >= slots and held[0].shape[2] >= longest:
-            return
         have = (held[0].shape[0], held[0].shape[2]) if held is not None else (0, START // 2)
-        room = (max(slots, min(2 * have[0], self.most)), have[1])
-        while room[1] < longest:
-            room = (room[0], 2 * room[1])
+        if have[0] >= slots and have[1] >= longest:
+            return
+        count = have[0] if have[0] >= slots else max(slots, min(2 * have[0], self.most))
+        length = have[1] if have[1] >= longest else max(longest, 2 * have[1])
+        if (room := self._room()) and count * length > room:
+            count, needed = self._extent(longest)
+            length = min(length, max(needed, room // count))
         grown = []
         for place, like in enumerate((keys, values)):
-            store = like.new_zeros(room[0], like.shape[1], room[1], like.shape[3])
+            store = like.new_zeros(count, like.shape[1], length, like.shape[3])
             if held is not None:
-                store[: have[0], :, : have[1]] = held[place]
+                part = held[place][:count, :, :length]
+                store[: part.shape[0], :, : part.shape[2]] = part
             grown.append(store)
         self.layers[layer] = (grown[0], grown[1])
 

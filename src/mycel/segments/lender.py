@@ -57,6 +57,7 @@ class Lender:
         self.model = fingerprint(folder)
         self.depth, self.block_bytes = weigh(folder)
         self.room = self.depth if blocks is not None else room(memory, self.block_bytes, self.depth)
+        self.free = free(memory)
         self.decision = Neediest()
         self.host: Host | None = None
         self._moving: asyncio.Task[None] | None = None
@@ -98,7 +99,10 @@ class Lender:
         await asyncio.sleep(period * offset)
         while True:
             await asyncio.sleep(period)
-            await self.reconsider()
+            try:
+                await self.reconsider()
+            except Exception as error:  # it goes on with the blocks that it has
+                self.say(f"cannot move ({type(error).__name__}: {error})"[:300])
 
     async def _load(self, chosen: Range) -> Segment:
         first, last = chosen
@@ -109,7 +113,9 @@ class Lender:
     def _open(self, first: int, last: int) -> Segment:
         cut = Cut.open(self.folder, first, last, embed=False, head=False)
         quicken(cut.model, pack=False)
-        return Segment(cut, slab=Slab())
+        positions = int(getattr(cut.config, "max_position_embeddings", 0) or Slab().positions)
+        left = max(self.free - (last - first) * self.block_bytes, self.free // 3)
+        return Segment(cut, slab=Slab(positions=positions, memory=max(1, left // (last - first))))
 
     def _situation(self, now: Range | None, throughput: float) -> Situation:
         others = tuple(
@@ -144,14 +150,18 @@ def weigh(folder: Path) -> tuple[int, int]:
 
 def room(memory: int, block_bytes: int, depth: int) -> int:
     """Return how many blocks fit into ``memory`` bytes (0: half of what is free), with a third for sessions."""
-    free = memory - RESERVE if memory else int(psutil.virtual_memory().available * SHARE)
-    fitting = int(free / (1.5 * block_bytes))
+    fitting = int(free(memory) / (1.5 * block_bytes))
     if fitting < 1:
         raise EngineError(
             f"memory of {memory or psutil.virtual_memory().available:,} bytes holds no block of {block_bytes:,} bytes"
             f" beside {RESERVE:,} for the libraries: raise --memory"
         )
     return min(fitting, depth)
+
+
+def free(memory: int) -> int:
+    """Return the bytes for blocks and sessions where ``memory`` may be used; 0: half of what is free now."""
+    return max(0, memory - RESERVE) if memory else int(psutil.virtual_memory().available * SHARE)
 
 
 def parse_memory(text: str) -> int:

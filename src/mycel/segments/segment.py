@@ -77,12 +77,13 @@ class Segment:
         ------
         LookupError
             When earlier positions of a session are not held here: they must be sent again.
+        EngineError
+            When the rows are unsound, or more than there is room for.
         """
         first, last = self._range(first, last)
         if sum(row.count for row in rows) != len(hidden_ND) or len({row.session for row in rows}) != len(rows):
             raise EngineError("the rows do not share out the positions that came")
-        for row in rows:
-            self.slab.enter(row.session, row.start, row.turn)
+        self.slab.enter(rows)
         with torch.inference_mode():
             if len(rows) == 1:
                 return self._run(hidden_ND[None], rows, first, last)[0]
@@ -101,8 +102,9 @@ class Segment:
     def forward(self, hidden_BTD: Tensor, session: str, first: int | None = None, last: int | None = None) -> Tensor:
         """Run whole sequences for training; the input is kept until ``backward`` of the same session."""
         first, last = self._range(first, last)
+        # Of owners that only looked, or left, nothing tells: the longest waiting makes room.
         if session not in self._pending and len(self._pending) >= MOST_PENDING:
-            raise EngineError(f"{MOST_PENDING} forwards wait for their backward: finish some first")
+            del self._pending[next(iter(self._pending))]
         self._pending[session] = (hidden_BTD.detach(), first, last)
         with torch.no_grad():
             return self.cut.run(hidden_BTD, first, last)

@@ -28,7 +28,7 @@ async def check_peers(join: Join, stranger: Join | None = None) -> None:
         Returns one who holds no certificate of that swarm's authority.
     """
     laws: tuple[tuple[Callable[..., Awaitable[None]], int], ...] = (
-        (_sees_members, 2), (_answers, 2), (_hands_on, 3), (_fails, 2), (_streams, 2), (_loses, 2),
+        (_sees_members, 2), (_answers, 2), (_keeps_order, 2), (_hands_on, 3), (_fails, 2), (_streams, 2), (_loses, 2),
     )  # fmt: skip
     for each, count in laws:
         members = [await join(f"{each.__name__.strip('_').replace('_', '-')}-{index}") for index in range(count)]
@@ -93,6 +93,22 @@ async def _answers(one: Peers, two: Peers) -> None:
         law(found == f"{one.name} asks repeat: ".encode() + frame, "an answer is what the handler made of the frame")
     many = await asyncio.gather(*(one.call(two.name, "repeat", b"%d" % n, PATIENCE) for n in range(64)))
     law([found.rpartition(b" ")[2] for found in many] == [b"%d" % n for n in range(64)], "answers meet their calls")
+
+
+async def _keeps_order(one: Peers, two: Peers) -> None:
+    came: list[int] = []
+
+    async def note(sender: str, verb: str, frame: bytes) -> Answer:
+        came.append(len(frame))
+        return b""
+
+    await _meet(one, two)
+    two.serve(note)
+    sizes = [len(LONG), 1, 2, len(LONG) // 2, 3]
+    tickets = [one.ask(two.name, "note", LONG[:size]) for size in sizes]
+    for ticket in tickets:
+        await one.answer((ticket,), PATIENCE)
+    law(came == sizes, "frames come in the order in which they were sent, however long they are")
 
 
 async def _hands_on(one: Peers, two: Peers, three: Peers) -> None:
