@@ -49,6 +49,7 @@ SHORT = (
     "training.batch_size=4",
     "layout.data=1",
     "layout.checkpoint_every=3",
+    'data.cleaning=["masks"]',
 )
 SMALL = {"steps": 4, "shape": (4, 16, 4, 8)}
 
@@ -337,6 +338,7 @@ def test_a_run_whose_rank_is_killed_from_outside_ends_as_an_undisturbed_one(tmp_
     assert torn["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-6)
     assert len(torn["stayed"]) == 1
     assert len(torn["recoveries"]) == 1
+    assert torn["cleaning"] == whole["cleaning"] != {}
 
 
 def test_a_layout_that_cannot_be_moved_between_ranks_is_refused() -> None:

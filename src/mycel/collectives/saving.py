@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import async_save as write_shards
@@ -79,7 +80,7 @@ class Checkpoints:
     def save(self, step: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Begin to write the checkpoint of ``step``; returns once the values are copied. All ranks call it."""
         self.finish()
-        place = self.folder / f"step-{step:08}"
+        place = self.folder / _name(step)
         if dist.get_rank() == 0:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
@@ -95,17 +96,23 @@ class Checkpoints:
         if self._waiting is None:
             return
         step, handle = self._waiting
-        handle.result()
         self._waiting = None
+        place = self.folder / _name(step)
+        try:
+            handle.result()
+        except CheckpointException as error:
+            raise RunError(
+                f"the checkpoint {str(place)!r} cannot be written ({_reason(error)}): make room; "
+                "the one before is whole, and --resume goes on from it"
+            ) from error
         if dist.get_rank() == 0:
-            place = self.folder / f"step-{step:08}"
             hashes = {path.name: _sha256(path) for path in sorted(place.iterdir())}
             content = {"step": step, "recipe_sha256": self.recipe_sha256, "files": hashes}
             temporary = place / ".manifest"
             temporary.write_text(json.dumps(content), encoding="utf-8")
             temporary.replace(place / MANIFEST)
             for old in self.whole()[:-KEPT]:
-                shutil.rmtree(self.folder / f"step-{old:08}", ignore_errors=True)
+                shutil.rmtree(self.folder / _name(old), ignore_errors=True)
         dist.barrier()
 
     def whole(self) -> list[int]:
@@ -123,7 +130,7 @@ class Checkpoints:
         steps = self.whole()
         if not steps:
             return 0
-        place = self.folder / f"step-{steps[-1]:08}"
+        place = self.folder / _name(steps[-1])
         self._check(place)
         prime(weights, optimizer)
         state = state_of(weights, optimizer)
@@ -131,8 +138,11 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 read_shards(state, storage_reader=HuggingFaceStorageReader(str(place)))
-        except Exception as error:  # the reader's errors have no common base
-            raise RunError(f"the checkpoint {str(place)!r} does not fit this model: {error}") from error
+        except CheckpointException as error:
+            raise RunError(
+                f"the checkpoint {str(place)!r} does not fit this model ({_reason(error)}): "
+                "resume with the model that it was written from, or choose another --out"
+            ) from error
         for name, weight in weights.items():
             for moment, value in optimizer.state[weight].items():
                 if isinstance(value, Tensor) and value.dim() == 0:
@@ -142,7 +152,7 @@ class Checkpoints:
     def _check(self, place: Path) -> None:
         try:
             content = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-            files, found = dict(content["files"]), str(content["recipe_sha256"])
+            files, found, step = dict(content["files"]), str(content["recipe_sha256"]), int(content["step"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"the manifest of {str(place)!r} cannot be read: remove the folder") from error
         if found != self.recipe_sha256:
@@ -150,18 +160,32 @@ class Checkpoints:
                 f"the checkpoint {str(place)!r} is of another training ({found[:9]}, not {self.recipe_sha256[:9]}): "
                 "resume with the same recipe, of which only [layout] may change, or choose another --out"
             )
-        for name, wanted in files.items():
-            if not (place / Path(name).name).is_file() or _sha256(place / Path(name).name) != wanted:
-                raise RunError(
-                    f"the checkpoint {str(place)!r} is damaged ({name} is not what was written): "
-                    "remove the folder to go on from the one before"
-                )
+        there = {path.name for path in place.iterdir() if path.name != MANIFEST}
+        wrong = sorted(there ^ files.keys()) or [name for name in files if _sha256(place / name) != files[name]]
+        if place.name != _name(step):
+            wrong.append(MANIFEST)
+        if wrong:
+            raise RunError(
+                f"the checkpoint {str(place)!r} is damaged ({wrong[0]} is not what was written): "
+                "remove the folder to go on from the one before"
+            )
 
 
 def whole_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in ``folder`` that were written to their end, in order."""
     found = folder.glob(f"step-*/{MANIFEST}") if folder.is_dir() else []
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+    steps = (path.parent.name.removeprefix("step-") for path in found)
+    return sorted(int(step) for step in steps if step.isdecimal())
+
+
+def _reason(error: CheckpointException) -> str:
+    """First line of what went wrong at the first rank; the error's own text is every rank's traceback."""
+    first, _ = next(iter(error.failures.values()))
+    return str(first).partition("\n")[0].rstrip(".")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 def _sha256(path: Path) -> str:
