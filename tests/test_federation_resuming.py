@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("flwr", reason="the federation extra is not installed")
 from mycel.engines.line import Control
 from mycel.errors import RunError
 from mycel.federation.execute import PARTIES, Federated
+from mycel.federation.keeping import forget_old_runs
 from mycel.recipe import load_recipe
 from mycel.run.folder import RunFolder
 from mycel.testing.engines import Echo
@@ -55,6 +57,21 @@ def test_a_resumed_run_goes_on_with_the_parties_that_it_was_begun_with(tmp_path:
         (folder.work / PARTIES).write_text("[1")
         with pytest.raises(RunError, match="is damaged"):
             asyncio.run(gathered(parties, folder))
+
+
+def test_a_party_forgets_what_was_silent_for_long_and_nothing_else(tmp_path: Path) -> None:
+    old, live = "a" * 24, "b" * 24
+    for arm in (old, live):
+        (tmp_path / "home" / arm).mkdir(parents=True)
+        (tmp_path / "home" / arm / "kept.json").write_text("{}")
+        (tmp_path / f"{arm}.safetensors").write_bytes(b"")
+    (tmp_path / "party.log").write_text("")
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    os.utime(tmp_path / "home" / live / "kept.json")
+    assert forget_old_runs(tmp_path) == 3  # a run that lives makes its tokens anew
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {"party.log", "home", f"home/{live}", f"home/{live}/kept.json"}
 
 
 def test_a_fresh_run_takes_who_was_admitted_first(tmp_path: Path) -> None:

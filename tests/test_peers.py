@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,21 @@ def test_announcements_that_are_forged_stale_or_in_anothers_name_are_refused() -
     for each in bad:
         with pytest.raises(EngineError, match="an announcement"):
             verified(each, authority.certificate)
+
+
+@pytest.mark.parametrize(("off", "borne"), [(-100, True), (100, True), (-200, False), (200, False)])
+def test_clocks_may_differ_by_two_minutes_and_beyond_it_are_named(
+    monkeypatch: pytest.MonkeyPatch, off: float, borne: bool
+) -> None:
+    authority = Authority.new("one")
+    frame = authority.issue("member").sign({}, 5.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + off)
+    if borne:
+        assert verified(frame, authority.certificate).name == "member"
+    else:
+        with pytest.raises(EngineError, match="clocks may differ by 120 s"):
+            verified(frame, authority.certificate)
 
 
 @settings(max_examples=60, deadline=None)

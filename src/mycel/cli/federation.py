@@ -36,6 +36,7 @@ def join_command(
     from mycel.collectives.processes import RankProcesses
     from mycel.collectives.ranks import process_group, under_torchrun
     from mycel.federation.consent import read_consent
+    from mycel.federation.keeping import forget_old_runs
     from mycel.federation.member import Membership, PrivateSites
     from mycel.federation.place import state_folder
     from mycel.federation.seat import Seat
@@ -63,6 +64,7 @@ def join_command(
         identity = Identity.load(key) if key else None
         name = identity.name if identity else name or data.resolve().name
         folder = state_folder("parties", f"{address}-{name}")
+        forget_old_runs(folder)
         host = Membership(name, data, folder, read_consent(consent), ranks, leader)
         _serve(Seat(address, name, identity, host).run(), folder / "party.log")
 

@@ -143,7 +143,8 @@ def verified(frame: bytes, authority: bytes) -> Announcement:
         raise EngineError(f"an announcement in the name of {str(found.name)[:60]!r}, signed by {str(common)[:60]!r}")
     age = time.time() - found.issued / 1e9
     if not 0 < found.lease <= 3600 or not -SKEW <= age <= found.lease + SKEW:
-        raise EngineError(f"an announcement of {found.name!r} that is {age:.0f} s old, for {found.lease:.0f} s")
+        why = f"old ones do not count, and clocks may differ by {SKEW:.0f} s"
+        raise EngineError(f"an announcement of {found.name!r} that is {age:.0f} s old, for {found.lease:.0f} s: {why}")
     return found
 
 
