@@ -64,7 +64,31 @@ UNSOUND: dict[str, tuple[Change, str]] = {
     ),
     "a list of samples": (
         lambda node, answer: Parcel("answer", {**answer.header, "samples": [1, 2]}, answer.tensors),
-        "counts examples",
+        "only numbers",
+    ),
+    "no samples": (
+        lambda node, answer: Parcel("answer", {"loss": 1.0}, answer.tensors),
+        "'samples' is missing",
+    ),
+    "a loss beyond numbers": (
+        lambda node, answer: Parcel("answer", {**answer.header, "loss": 10**4000}, answer.tensors),
+        "only numbers",
+    ),
+    "a list of losses": (
+        lambda node, answer: Parcel("answer", {**answer.header, "loss": [1.0] * 9}, answer.tensors),
+        "only numbers",
+    ),
+    "scores beyond numbers": (
+        lambda node, answer: Parcel("answer", {**answer.header, "scores": [10**4000, 1, 1]}, answer.tensors),
+        "only numbers",
+    ),
+    "scores that take away": (  # what all parties scored would come to no tokens, and a loss that is no number
+        lambda node, answer: Parcel("answer", {**answer.header, "scores": [1.0, -17, -17]}, answer.tensors),
+        "so many are hits",
+    ),
+    "scores of parts": (
+        lambda node, answer: Parcel("answer", {**answer.header, "scores": [1.0, 1.5, 1]}, answer.tensors),
+        "so many are hits",
     ),
     "scores without end": (
         lambda node, answer: Parcel("answer", {**answer.header, "scores": [1.0] * 9}, answer.tensors),

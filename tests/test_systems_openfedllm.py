@@ -22,11 +22,12 @@ from mycel.models.base import Base
 from mycel.models.trainable import Trainable
 from mycel.recipe.schema import Recipe
 from mycel.rounds.algebra import add, norm, subtract, weighted_mean
+from mycel.rounds.checking import check_answer
 from mycel.rounds.drift import Drift, agreement
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.party import Party
 from mycel.rounds.registry import load_system
-from mycel.rounds.system import Answer, State, check_answer, group
+from mycel.rounds.system import Answer, State, group
 from mycel.testing import check_combine
 from mycel.wire.parcel import Parcel, Tensors
 

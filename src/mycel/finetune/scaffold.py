@@ -25,9 +25,10 @@ from torch import nn
 
 from mycel.finetune.fedavg import FedAvg
 from mycel.rounds.algebra import add, scale, subtract
+from mycel.rounds.checking import check_shapes
 from mycel.rounds.drift import Drift
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, check_shapes, group, with_role
+from mycel.rounds.system import Answer, Outcome, State, group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

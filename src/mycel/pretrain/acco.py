@@ -47,6 +47,7 @@ class Acco(Pretraining):
 
     Knobs: ClassVar[type[Knobs]] = AccoKnobs
     reports = ("samples", "loss", "tokens")
+    counts = ("samples", "tokens")
     paces = ("synchronous",)
     ahead = True
 

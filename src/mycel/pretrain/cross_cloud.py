@@ -59,6 +59,7 @@ class CrossCloud(DiLoCo):
 
     Knobs: ClassVar[type[Knobs]] = CrossCloudKnobs
     reports = ("samples", "loss", "steps", "probe")
+    counts = ("samples", "steps")
     paces = ("synchronous",)
 
     def begin(self, world: World) -> State:

@@ -29,6 +29,7 @@ class Synchronous(Pretraining):
     """Data-parallel training with one gradient exchange per step."""
 
     reports = ("samples", "loss", "tokens")
+    counts = ("samples", "tokens")
     paces = ("synchronous",)
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 from mycel.engines.engine import Arrival, Engine
 from mycel.errors import EngineError, ParcelError
 from mycel.rounds.algebra import discount
+from mycel.rounds.checking import check_answer, check_reports, check_shapes
 from mycel.rounds.guarding import Guarding
 from mycel.rounds.leases import Lease, Leases
 from mycel.rounds.pace import Pace, View
@@ -21,7 +22,7 @@ from mycel.rounds.pieces import goes_in_pieces, step_in_pieces, waits_in_a_file
 from mycel.rounds.progress import Progress, Record
 from mycel.rounds.sealing import is_letter
 from mycel.rounds.site import limits
-from mycel.rounds.system import Answer, State, System, check_answer, check_shapes, group
+from mycel.rounds.system import Answer, State, System, group
 from mycel.rounds.world import World
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Frame, Shelf
@@ -223,11 +224,9 @@ class Coordinator:
         else:
             parcel = self.leases.open(arrival)
             self._inspect(parcel, arrival.node, lease)
-        scores = parcel.header.get("scores")
-        if scores is not None:
-            if not isinstance(scores, list) or len(scores) != 3:
-                raise ParcelError(f"the report 'scores' is {str(scores)[:40]!r}; loss, tokens and hits are needed")
-            self.progress.scores.setdefault(lease.version, {})[arrival.node] = scores
+        check_reports(self.system, parcel.header, lease.kind == "work")
+        if "scores" in parcel.header:
+            self.progress.scores.setdefault(lease.version, {})[arrival.node] = parcel.header["scores"]
         staleness = self.progress.version - lease.version
         samples = int(parcel.header.get("samples", 0))
         weight = samples * discount(staleness, rounds.staleness)

@@ -33,9 +33,9 @@ class Progress:
     busy: dict[int, float] = field(default_factory=dict)  # until when nodes that work ahead are at it
 
     def loss(self, version: int) -> float | None:
-        """Mean held-out loss of the state of ``version`` over the parties that scored it; None if none did."""
-        found = self.scores.get(version)
-        return sum(read_scores(found).values(), Scores()).loss if found else None
+        """Mean held-out loss of the state of ``version`` over the parties that scored it; None without tokens."""
+        found = sum(read_scores(self.scores.get(version, {})).values(), Scores())
+        return found.loss if found.tokens else None
 
     def close_round(self, answers: int, up: int, down: int, now: float) -> dict[str, Any]:
         """Enter a round that was combined, with the bytes sent ``up`` and ``down`` so far; return what is logged."""

@@ -19,10 +19,11 @@ from mycel.guard.attacks.threats import parse_threat
 from mycel.models.base import Base, open_base
 from mycel.models.trainable import Trainable, build_trainable
 from mycel.recipe.schema import Recipe, Wire
+from mycel.rounds.checking import check_answer
 from mycel.rounds.party import Party
 from mycel.rounds.registry import load_system
 from mycel.rounds.sealing import Sealing, is_letter
-from mycel.rounds.system import System, check_answer, group, with_role
+from mycel.rounds.system import System, group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
 from mycel.wire.parcel import Limits, Parcel, Tensors

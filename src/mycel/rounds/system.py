@@ -7,20 +7,19 @@ its paper changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from mycel.collectives.layout import ranks_of
-from mycel.errors import ParcelError, RecipeError
+from mycel.errors import RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
 from mycel.wire.parcel import Parcel, Tensors
-from mycel.wire.waiting import Loadable, Waiting
+from mycel.wire.waiting import Loadable
 
 if TYPE_CHECKING:
     from mycel.models.trainable import Trainable
@@ -144,7 +143,9 @@ class System:
     leaves : tuple of str
         Roles of tensors that may leave a party; anything else in an answer is refused at the party.
     reports : tuple of str
-        Header keys that may leave a party; numbers or lists of numbers only.
+        Header keys that may leave a party; numbers only. Every answer has them, but for the loss, which guards keep.
+    counts : tuple of str
+        Reports that are whole numbers from 0.
     paces : tuple of str
         Paces under which the mechanism is sound.
     moves_base : bool
@@ -166,6 +167,7 @@ class System:
     Knobs: ClassVar[type[Knobs]] = Knobs
     leaves: ClassVar[tuple[str, ...]] = ("update",)
     reports: ClassVar[tuple[str, ...]] = ("samples", "loss")
+    counts: ClassVar[tuple[str, ...]] = ("samples",)
     paces: ClassVar[tuple[str, ...]] = ("synchronous", "buffered", "sequential")
     moves_base: ClassVar[bool] = False
     needs: ClassVar[Literal["sum", "individuals"]] = "individuals"
@@ -245,41 +247,3 @@ def group(tensors: Tensors, role: str) -> Tensors:
     """Return the tensors of one role, without the prefix."""
     start = f"{role}/"
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def check_answer(system: System, answer: Parcel | Waiting, sealed: bool = False) -> None:
-    """Refuse an answer that holds a role, a report or a value that the system does not declare.
-
-    ``sealed`` answers hold what a guard made of the declared roles, which the guard itself checks.
-
-    Used at the party before anything leaves, and at the coordinator before anything is combined.
-    """
-    for name, tensor in answer.tensors.items():
-        role = name.partition("/")[0]
-        if role not in (("sealed",) if sealed else system.leaves):
-            raise ParcelError(
-                f"tensor {name!r} has the role {role!r}; only {', '.join(system.leaves)} may leave a party"
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ParcelError(f"tensor {name!r} holds NaN or infinity")
-    for key, value in answer.header.items():
-        if key not in (*system.reports, "scores"):
-            raise ParcelError(f"the report {key!r} is not declared; only {', '.join(system.reports)} may leave a party")
-        numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ParcelError(f"the report {key!r} is {str(value)[:40]!r}; only numbers may leave a party")
-    samples = answer.header.get("samples", 1)
-    if type(samples) is not int or not 0 < samples < 1 << 53:
-        raise ParcelError(f"the report 'samples' is {str(samples)[:40]!r}; it counts examples, of which there is one")
-
-
-def check_shapes(update: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse an update whose names or shapes differ from what was asked for."""
-    for name in sorted(set(update) ^ set(expected)):
-        raise ParcelError(f"tensor {name!r} is {'not expected' if name in update else 'missing'} in the answer")
-    for name, shape in expected.items():
-        tensor = update[name]
-        if tuple(tensor.shape) != shape:
-            raise ParcelError(f"tensor {name!r} has the shape {tuple(tensor.shape)}, expected {shape}")
-        if not tensor.is_floating_point():
-            raise ParcelError(f"tensor {name!r} holds {tensor.dtype}; a change is made of floating-point numbers")
