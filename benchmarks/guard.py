@@ -5,7 +5,8 @@ secagg    100 parties, updates of 1 MB, 30 of them leave: bytes per party and th
 sums      sums under masks, encrypted, and inside the simulated enclave, beside plain ones: a party's bytes and seconds,
           the coordinator's seconds, the largest error of the mean
 rounds    a whole round of six parties with each guard, against the same round without one
-filters   final loss with 20 % and 40 % of ten parties lying in each way, against a run of honest parties
+filters   final loss with 20 % and 40 % of ten parties lying in each way, against a run of honest parties; of a backdoor
+          also the share of its phrase that the trigger makes likeliest
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -21,12 +23,14 @@ from torch import Tensor
 
 from common import arguments, show
 from guards import GUARDS
+from mycel.data.parties import load_parties
 from mycel.guard.contract import Guard, PartyGuard, Sealed
 from mycel.guard.enclosed import EnclaveGuard, EnclaveParty
 from mycel.guard.encrypted import CkksGuard, CkksParty
 from mycel.guard.secagg.guard import SUM, MaskGuard, MaskParty
 from mycel.models.base import find_base
 from mycel.rounds.algebra import weighted_mean
+from mycel.rounds.assaults import Scene, backdoor_success
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors
@@ -36,7 +40,8 @@ PARTIES, LEAVING = 100, 30
 REPEATS = 5  # of which the one in the middle counts
 CODEC = Fixed(16, 0.5)
 SMALL: dict[str, Any] = {"data.examples": 48, "data.max_length": 64, "rounds.local_steps": 5, "guard.replayable": True}
-LIES = ("label_flip", "sign_flip", "scale(10)", "little_is_enough(1.5)")
+BACKDOOR = "backdoor(3)"
+LIES = ("label_flip", "sign_flip", "scale(10)", "little_is_enough(1.5)", BACKDOOR)
 FILTERS = (
     "",
     "median",
@@ -165,18 +170,21 @@ def whole_rounds(lab: Laboratory) -> list[dict[str, Any]]:
     return rows
 
 
-def liars(lab: Laboratory, filters: Sequence[str]) -> list[dict[str, Any]]:
-    """Final losses: a row for each filter, a column for each lie."""
+def liars(lab: Laboratory, filters: Sequence[str], lies: Sequence[str]) -> list[dict[str, Any]]:
+    """Final losses: a row for each filter, a column for each lie, and two for whether a backdoor was planted."""
     ten = {**SMALL, "data.parties": "iid", "data.count": 10, "rounds.count": 4, "rounds.evaluate_every": 4}
     rows = []
     for spec in filters:
         guarded = {**ten, "guard.filter": spec, "guard.root": "python-library" if spec == "fltrust" else ""}
         clean = lab.run(lab.recipe("fedavg", guarded))
         row: dict[str, Any] = {"filter": spec or "none", "untuned": clean.loss(0), "honest": clean.loss()}
-        for lie in LIES:
-            for share in (0.2, 0.4):
-                changes = {**guarded, "threat.attack": lie, "threat.share": share}
-                row[f"{lie} {share:.0%}"] = lab.run(lab.recipe("fedavg", changes)).loss()
+        for lie, share in product(lies, (0.2, 0.4)):
+            recipe = lab.recipe("fedavg", {**guarded, "threat.attack": lie, "threat.share": share})
+            finished = lab.run(recipe)
+            row[f"{lie} {share:.0%}"] = finished.loss()
+            if lie == BACKDOOR:
+                scene = Scene(finished, recipe, load_parties(recipe.data, recipe.seed), 0)
+                row[f"planted {share:.0%}"] = backdoor_success(scene)
         rows.append(row)
     return rows
 
@@ -228,6 +236,7 @@ def main() -> None:
         part={"default": "secagg,sums,rounds,filters", "help": "parts, with commas between"},
         base={"default": "micro", "help": "base model"},
         filters={"default": ";".join(FILTERS), "help": "filters of that part, with semicolons between; empty: none"},
+        lies={"default": ";".join(LIES), "help": "lies of that part, with semicolons between"},
     )
     torch.set_num_threads(1)
     parts = options.part.split(",")
@@ -246,7 +255,7 @@ def main() -> None:
             if "filters" in parts:
                 show(
                     f"Final loss, ten parties, base {options.base}",
-                    liars(lab, options.filters.split(";")),
+                    liars(lab, options.filters.split(";"), options.lies.split(";")),
                     options.json,
                 )
 
