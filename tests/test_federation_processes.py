@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,13 +15,17 @@ from typing import Any
 import psutil
 import pytest
 
-from cutting_line import KINDS, WAYS, cutting_line
+from cutting_line import ENDED, KINDS, WAYS, cutting_line
 from thin_line import thin_line
-from villages import RECIPE, Operator, go, in_the_middle_of, rounds, slowed
+from villages import RECIPE, Operator, go, in_the_middle_of, peak_of, rounds, slowed
 
 pytest.importorskip("flwr", reason="the federation extra is not installed")
 
+import hostile_parties
+from dying_runs import KILLED, Point, nursery
+from hostile_parties import Robbed, rob
 from mycel.data.parties import PartyData, load_parties
+from mycel.engines import children
 from mycel.federation.demo import Village, village
 from mycel.federation.keyring import Keyring
 from mycel.recipe import load_recipe
@@ -105,6 +110,48 @@ def test_an_operator_elsewhere_needs_a_key_of_its_own(made: Village, operator: O
     assert (status, "no longer, an operator's" in said) == (1, True), said
 
 
+@pytest.fixture(scope="module")
+def robbed(made: Village, tmp_path_factory: pytest.TempPathFactory) -> Robbed:
+    return rob(made, tmp_path_factory.mktemp("robbed") / "run")
+
+
+def test_a_party_cannot_touch_anothers_messages(made: Village, robbed: Robbed, reference: dict[str, Any]) -> None:
+    assert robbed.past_the_gate[0] == 200, "what follows is the gate's doing: Flower gives a message to whoever asks"
+    assert robbed.through_the_gate.pop("its next message")[0] == 401  # this one Flower refuses
+    assert {status for status, _ in robbed.through_the_gate.values()} == {403}
+    said = {what: words.decode() for what, (_, words) in robbed.through_the_gate.items()}
+    assert said["a part of it"] == said["the message"] == "the object is another's"
+    assert said["to answer it"] == "the answer is to no message of this party's"
+    assert robbed.result["state_sha256"] == reference["state_sha256"]
+    assert robbed.result["dropped"]["invalid"] == 0
+
+
+def test_a_party_whose_answers_are_poison_is_counted_and_memory_stays_bounded(
+    made: Village, robbed: Robbed, tmp_path: Path
+) -> None:
+    assert made.coordinator is not None
+    hub = psutil.Process(made.coordinator.pid)
+    servers = [hub.pid, *(child.pid for child in hub.children())]
+    before = {pid: peak_of(pid) for pid in servers}
+    made.leave("party-2")
+    program = [sys.executable, str(Path(hostile_parties.__file__)), made.address]
+    key = made.folder / "keys" / "parties" / "party-2.pem"
+    made.parties["party-2"] = children.start([*program, str(key)], made.environment, tmp_path / "log", signal.SIGTERM)
+    try:
+        going = go(made, tmp_path / "run", "rounds.count=3")
+        result = going.finish()
+    finally:
+        made.leave("party-2")
+        made.join("party-2")
+    assert result["dropped"]["invalid"] == len(hostile_parties.ANSWERS) == 4
+    assert [entry["answers"] for entry in result["rounds"]] == [2] * 3
+    details = [event["detail"] for event in going.events() if event["event"] == "drop"]
+    assert any("claims 1099511627776 bytes" in detail for detail in details), details
+    assert going.peak < robbed.peak + 100e6
+    for pid in servers:
+        assert peak_of(pid) < before[pid] + 100e6
+
+
 def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(
     made: Village, reference: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -128,12 +175,27 @@ def test_a_run_whose_coordinator_dies_ends_as_if_it_had_not(
     assert [event["round"] for event in going.events() if event["event"] == "round"] == [1, 2, 3]
 
 
+def test_a_coordinator_killed_before_a_checkpoint_and_in_delivery_loses_nothing(
+    made: Village, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with nursery(made.environment, tmp_path / "words") as place:
+        for number, point in enumerate((Point("round", 1), Point("answer", 3))):
+            assert place.piece(RECIPE, out, point, resume=number > 0, on=made.address) == KILLED, point
+        ended = place.piece(RECIPE, out, None, resume=True, on=made.address)
+    assert ended == 0, (tmp_path / "words").read_text()
+    result = json.loads((out / "result.json").read_text())
+    assert result["state_sha256"] == reference["state_sha256"]
+    assert [entry["loss"] for entry in result["rounds"]] == [entry["loss"] for entry in reference["rounds"]]
+    assert result["dropped"] == {"late": 0, "invalid": 0, "lost": 0}
+
+
 def test_over_a_bad_network_that_cuts_every_kind_of_message_the_state_is_the_same(
     made: Village, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     # A line of our own making: namespaces with netem need a kernel module that few containers have.
     host, _, port = made.address.rpartition(":")
-    due = {(kind, way) for kind in KINDS for way in WAYS}
+    due = {ENDED, *((kind, way) for kind in KINDS for way in WAYS)}
     keys = made.folder / "keys"
     with ExitStack() as lines:
         line = lines.enter_context(thin_line((host, int(port)), delay=0.1, rate=10e6 / 8, loss=0.01))
@@ -148,6 +210,8 @@ def test_over_a_bad_network_that_cuts_every_kind_of_message_the_state_is_the_sam
         assert line.stalls > 0
         assert line.passed > result["bytes"]["up"] + result["bytes"]["down"]
     assert not due
+    logs = [path.read_text() for path in (made.folder / "state" / "parties").glob("*/party.log")]
+    assert any("before it has passed on an answer" in log for log in logs), "a lagging node went unnoticed"
     assert result["state_sha256"] == reference["state_sha256"]
     assert result["dropped"]["invalid"] == 0
     answers = [(event["round"], event["node"]) for event in going.events() if event["event"] == "answer"]
