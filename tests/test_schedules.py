@@ -11,6 +11,9 @@ import torch
 from mycel.collectives.bubbles import Action, bubble, expected, replayed
 from mycel.collectives.layout import check_layout, rank_of, stages_of
 from mycel.collectives.together import together
+from mycel.decisions.cost import NOMINAL, Work, computing, memory_of, traffic
+from mycel.decisions.graph import graph_of
+from mycel.decisions.stages import ends, sides, waited
 from mycel.errors import EngineError, RecipeError
 from mycel.models.sizes import SIZES
 from mycel.pretrain.breadth_first import scheduled
@@ -64,6 +67,30 @@ def test_every_stage_has_one_rank() -> None:
         held = [stage for rank in range(4) for stage in stages_of(layout, rank)]
         assert sorted(held) == list(range(4 * chunks))
         assert all(stage in stages_of(layout, rank_of(layout, stage)) for stage in held)
+
+
+def test_the_cost_model_waits_as_the_formula_says() -> None:
+    for schedule, pieces, chunks in [*CASES, ("zero_bubble", 8, 2), ("interleaved", 8, 2), ("gpipe", 1, 1)]:
+        layout = Layout.model_validate(
+            {"pipeline": 4, "micro_batches": pieces, "schedule": schedule, "chunks": chunks, "recompute": True}
+        )
+        seconds = computing([2.0] * 4, pieces, 1, NOMINAL, waited(layout))
+        assert 1 - 2.0 * pieces / seconds == pytest.approx(expected(schedule, 4, pieces, chunks), abs=1e-9)
+
+
+def test_a_rank_of_a_looped_pipeline_is_foretold_with_all_its_stages() -> None:
+    config = SIZES["tiny"].config()
+    config.tie_word_embeddings = False
+    work = Work(graph_of(config, 32), 8)
+    looped = Layout.model_validate({"pipeline": 2, "micro_batches": 4, "schedule": "zbv", "chunks": 2})
+    once = Layout(pipeline=2, micro_batches=4)
+    first, second = (memory_of(work, looped, (1, 1, 1, 1), place, NOMINAL) for place in (0, 1))
+    plain = [memory_of(work, once, (2, 2), place, NOMINAL) for place in (0, 1)]
+    assert first + second == pytest.approx(sum(plain))  # the same blocks and tables, otherwise shared out
+    assert [ends(looped, place) for place in (0, 1)] == [(True, True), (False, False)]
+    assert [sides(looped, place) for place in (0, 1)] == [2, 2]  # there and back; the turn is inside the last rank
+    sent = sum(traffic(work, looped, (1, 1, 1, 1), place)[0] for place in (0, 1))
+    assert sent == 2 * sum(traffic(work, once, (2, 2), place)[0] for place in (0, 1))
 
 
 @pytest.mark.parametrize(

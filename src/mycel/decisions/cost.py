@@ -3,9 +3,10 @@
 Units: seconds, bytes, joules, and the fleet's own currency. With M micro-batches, P stages, D data, S sequence and N
 tensor ranks, R = D S replicas, and a stage's weights W (numbers of 4 bytes):
 
-    compute     a stage's flops / (D S N) / speed of its slowest device; a step: sum of the stages + (M - 1) slowest
+    compute     a rank's flops / (D S N) / speed of its stages' slowest device; a step: M x slowest + w x the others,
+                w by the schedule (`mycel.decisions.stages`)
     FSDP        gathers of W for the way forward and, of blocks, again for the way back; one reduce-scatter of W:
-                each 4 W (R - 1) / R / N bytes a rank
+                each 4 W (R - 1) / R / N bytes a rank; one gather where the way back is divided
     tensor      7 all-reduces a block and micro-batch of its hidden states (2 forward; 5 back, one for each matrix that
                 they enter): 8 (N - 1) / N bytes a number
     sequence    keys and values gathered and their gradients scattered: 4 x 4 (S - 1) bytes a number and block
@@ -26,11 +27,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mycel.decisions.graph import Graph
+from mycel.decisions.keeping import DIVIDED, in_flight
+from mycel.decisions.stages import ends, held, repeated, sides, waited, ways
 from mycel.fleet.device import Device
 from mycel.recipe.schema import Layout
 
 NUMBER = 4  # bytes of a float32
 GIB = 1 << 30
+KEPT = {"keep", "selective"}  # ways that leave a block's inner numbers, at most
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,13 @@ class Predicted:
 def predict(
     work: Work, layout: Layout, split: Sequence[int], devices: Sequence[Device], known: Coefficients
 ) -> Predicted:
-    """Return the cost of one step; ``devices`` are the ranks' by place, ``split`` the stages' blocks."""
+    """Return the cost of one step; ``devices`` are the ranks' by place, ``split`` the blocks of every stage."""
     inside = layout.data * layout.sequence * layout.tensor
     stages = [devices[stage * inside : (stage + 1) * inside] for stage in range(layout.pipeline)]
     micro = [stage_seconds(work, layout, split, place, stages[place], known) for place in range(layout.pipeline)]
-    compute = computing(micro, layout.micro_batches, inside, known)
+    compute = computing(micro, layout.micro_batches, inside, known, waited(layout))
     ranks, exchange = [], 0.0
-    for place, held in enumerate(stages):
+    for place, those in enumerate(stages):
         sent, calls = traffic(work, layout, split, place)
         memory = memory_of(work, layout, split, place, known)
         crossing = sent + received(work, layout, place)
@@ -137,7 +141,7 @@ def predict(
         # Handling is work for cores, which ranks may have to share; travelling is not.
         crowd = max(1.0, len(devices) / known.cores) if known.cores else 1.0
         moving = max(
-            crowd * known.slower(device) * handling + travel_seconds(device, crossing, calls) for device in held
+            crowd * known.slower(device) * handling + travel_seconds(device, crossing, calls) for device in those
         )
         exchange = max(exchange, moving)
         ranks += [RankCost(micro[place] * layout.micro_batches, sent, calls, memory)] * inside
@@ -147,9 +151,12 @@ def predict(
     return Predicted(seconds, tuple(ranks), joules, money, {"compute": compute, "exchange": exchange})
 
 
-def computing(micro: Sequence[float], pieces: int, inside: int, known: Coefficients) -> float:
-    """Seconds in which the stages compute: the longest way through the pipeline, on cores that may be shared."""
-    path, total = sum(micro) + (pieces - 1) * max(micro), sum(micro) * pieces * inside
+def computing(micro: Sequence[float], pieces: int, inside: int, known: Coefficients, waits: float = 1.0) -> float:
+    """Seconds in which the stages compute: the longest way through the pipeline, on cores that may be shared.
+
+    ``waits`` is the share of the other ranks' time for a micro-batch that the slowest waits.
+    """
+    path, total = pieces * max(micro) + waits * (sum(micro) - max(micro)), sum(micro) * pieces * inside
     if not known.cores:
         return path
     # Ranks that wait leave their core to others, so neither the longest path nor the whole work can be undercut.
@@ -166,22 +173,22 @@ def rank_money(device: Device, rank: RankCost, seconds: float) -> float:
 def stage_seconds(
     work: Work, layout: Layout, split: Sequence[int], place: int, devices: Sequence[Device], known: Coefficients
 ) -> float:
-    """Seconds of a stage for one micro-batch, forward and back, on the slowest of its devices."""
+    """Seconds of a rank's stages for one micro-batch, forward and back, on the slowest of its devices."""
     share = layout.data * layout.sequence * layout.tensor
     tokens = work.batch_size * work.graph.length / layout.micro_batches
-    passes = 4.0 if layout.recompute else 3.0
-    flops = passes * split[place] * work.graph.blocks[0].flops * tokens / share
-    if place == layout.pipeline - 1:
+    passes = 3.0 * held(layout, split, place) + repeated(layout, split, place)
+    flops = passes * work.graph.blocks[0].flops * tokens / share
+    if ends(layout, place)[1]:
         # The head is not divided over the tensor ranks.
         flops += 3.0 * work.graph.operators[-1].flops * tokens / (layout.data * layout.sequence)
     slowest = min(devices, key=lambda device: device.gflops)
-    launches = known.operation * passes * split[place] * known.slower(slowest)
+    launches = known.operation * passes * known.slower(slowest)
     return flops / (slowest.gflops * 1e9) + launches
 
 
 def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tuple[float, float]:
     """Bytes that a rank of a stage sends in a step, and how many collective calls or messages it takes part in."""
-    graph, blocks = work.graph, split[place]
+    graph, blocks = work.graph, held(layout, split, place)
     replicas, tensor, sequence = layout.data * layout.sequence, layout.tensor, layout.sequence
     hidden = work.batch_size / layout.data * graph.length / sequence * graph.hidden * NUMBER
     sent, calls = 0.0, 0.0
@@ -189,6 +196,7 @@ def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tup
         ring = (replicas - 1) / replicas * NUMBER
         within = blocks * sharded_block(graph, tensor)
         times = 2 * layout.micro_batches if layout.pipeline == 1 else 1 + layout.micro_batches
+        times = 1 if layout.schedule in DIVIDED else times
         sent += ring * (within * (times + 1) + 2 * outside_weights(graph, layout, place))
         calls += 3 * blocks + 2
     if tensor > 1:
@@ -198,17 +206,16 @@ def traffic(work: Work, layout: Layout, split: Sequence[int], place: int) -> tup
         sent += 4 * blocks * hidden / tensor * (sequence - 1)
         calls += 4 * blocks * layout.micro_batches
     if layout.pipeline > 1:
-        sides = (place < layout.pipeline - 1) + (place > 0)
-        sent += hidden * sides
-        calls += 2 * sides * layout.micro_batches
+        crossing = sides(layout, place)
+        sent += hidden * crossing
+        calls += 2 * crossing * layout.micro_batches
     return sent, calls
 
 
 def received(work: Work, layout: Layout, place: int) -> float:
     """Bytes that a rank of a stage waits for from its neighbours in a step; in rings, what comes in while it sends."""
-    sides = (place < layout.pipeline - 1) + (place > 0)
     share = layout.data * layout.sequence
-    return sides * work.batch_size / share * work.graph.length * work.graph.hidden * NUMBER
+    return sides(layout, place) * work.batch_size / share * work.graph.length * work.graph.hidden * NUMBER
 
 
 def sharded_block(graph: Graph, tensor: int) -> float:
@@ -218,8 +225,8 @@ def sharded_block(graph: Graph, tensor: int) -> float:
 
 
 def outside_weights(graph: Graph, layout: Layout, place: int) -> float:
-    """Numbers of the embedding, final norm and head that a stage holds."""
-    first, last = place == 0, place == layout.pipeline - 1
+    """Numbers of the embedding, final norm and head that a rank holds."""
+    first, last = ends(layout, place)
     table = graph.vocabulary * graph.hidden
     tables = 1 if first and last and graph.tied else int(first) + int(last)
     return float(tables * table + (graph.hidden if last else 0))
@@ -227,18 +234,19 @@ def outside_weights(graph: Graph, layout: Layout, place: int) -> float:
 
 def memory_of(work: Work, layout: Layout, split: Sequence[int], place: int, known: Coefficients) -> float:
     """Bytes of tensors that a rank of a stage holds at once, at most."""
-    graph, blocks = work.graph, split[place]
+    graph, left = work.graph, ways(layout, split, place)
     replicas = layout.data * layout.sequence
     block, outside = sharded_block(graph, layout.tensor), outside_weights(graph, layout, place)
     own = own_weights(work, layout, split, place)
-    gathered = (outside + 2 * block) if replicas > 1 else 0.0
+    whole = len(left) if layout.schedule in DIVIDED else 2
+    gathered = (outside + whole * block) if replicas > 1 else 0.0
     tokens = work.batch_size / layout.data / layout.micro_batches * graph.length / layout.sequence
-    flying = min(layout.micro_batches, layout.pipeline - place) if layout.schedule == "1f1b" else layout.micro_batches
-    flying = 1 if layout.pipeline == 1 else flying
+    flying = in_flight(layout) - (place if layout.schedule == "1f1b" else 0)
     one = graph.blocks[0]
-    kept = blocks * (one.leaves if layout.recompute else one.kept / layout.tensor + one.leaves)
-    kept += one.kept / layout.tensor if layout.recompute else 0.0
-    if place == layout.pipeline - 1:
+    # What is computed again or comes back from a file is there for one block at a time.
+    most = min(len(left), sum(way in KEPT for way in left) + any(way not in KEPT for way in left))
+    kept = len(left) * one.leaves + most * one.kept / layout.tensor
+    if ends(layout, place)[1]:
         kept += graph.operators[-1].kept
     return NUMBER * (4 * own + gathered + known.activation * tokens * flying * kept)
 
@@ -246,7 +254,7 @@ def memory_of(work: Work, layout: Layout, split: Sequence[int], place: int, know
 def own_weights(work: Work, layout: Layout, split: Sequence[int], place: int) -> float:
     """Numbers of the weights that a rank of a stage keeps for itself."""
     block, outside = sharded_block(work.graph, layout.tensor), outside_weights(work.graph, layout, place)
-    return (split[place] * block + outside) / (layout.data * layout.sequence)
+    return (held(layout, split, place) * block + outside) / (layout.data * layout.sequence)
 
 
 def travel_seconds(device: Device, crossing: float, calls: float) -> float:

@@ -21,7 +21,8 @@ def foretold(recipe: Recipe, config: Any) -> dict[str, Any]:
     """
     layout, fleet = recipe.layout, load_fleet(recipe.fleet.devices)
     work = Work(graph_of(config, recipe.data.max_length), recipe.training.batch_size)
-    split = [len(part) for part in stage_blocks(config.num_hidden_layers, layout.pipeline, layout.blocks or None)]
+    stages = layout.pipeline * layout.chunks
+    split = [len(part) for part in stage_blocks(config.num_hidden_layers, stages, layout.blocks or None)]
     devices = [fleet[rank] for rank in range(ranks_of(layout))]
     found = predict(work, layout, split, devices, Coefficients(**fleet.calibration))
     sent = round(found.ranks[0].bytes * recipe.rounds.count)

@@ -83,8 +83,7 @@ def run_island(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None
         if not ranks.first:
             return None
         result = _result(recipe, folder, store, course, (before, after), time.monotonic() - started)
-        if recipe.layout.chunks == 1:
-            result["predicted"] = foretold(recipe, base.model.config)
+        result["predicted"] = foretold(recipe, base.model.config)
         result["curve"]["before"] = [earlier.get(step) for step in range(course.first)]
         save_weights(base, weights, folder)
         write_json(folder.result, result)
