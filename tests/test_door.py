@@ -125,6 +125,7 @@ def test_logprobs_are_the_models_own(place: Place) -> None:
         model="micro",
         messages=[{"role": "user", "content": "x"}],
         max_tokens=3,
+        seed=1,
         logprobs=True,
         top_logprobs=2,
         extra_body={"ignore_eos": True},
@@ -268,6 +269,13 @@ def test_a_remote_server_is_handed_on_to_behind_keys_of_its_own(place: Place, mo
             assert "".join(piece.choices[0].text for piece in pieces) == greedy_text(place.base, PROMPT, 12)
             with pytest.raises(openai.NotFoundError, match="not served"):
                 client.completions.create(**{**asked, "model": "none"})
+        left, content = place.gauge("mycel_cancelled_total"), {"model": "micro", "prompt": "x", "max_tokens": 900}
+        body = json.dumps({**content, "ignore_eos": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
+        with socket.create_connection((urlparse(address).hostname or "", urlparse(address).port or 0)) as connection:
+            connection.sendall(f"{head}\r\n\r\n{body}".encode())
+            _until(lambda: place.gauge("mycel_unfinished_requests") > 0)
+        _until(lambda: place.gauge("mycel_cancelled_total") > left)
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as wrong:
             wrong.models.list()
 

@@ -193,6 +193,27 @@ def test_every_combination_continues_alike(parts: Parts, store: str, schedule: s
         assert engine.counts.set_aside > 0, "nothing was ever set aside"
 
 
+class Restless:
+    """A policy whose favourites change all the time: two run, whoever is needed makes room."""
+
+    def decide(self, view: View) -> Step:
+        turn = view.memory if isinstance(view.memory, int) else 0
+        order = sorted(view.jobs, key=lambda job: ((job.id + turn // 7) % 3, job.id))
+        return fill(replace(view, most_jobs=2), order, turn + 1)
+
+
+@pytest.mark.parametrize("pages", [16, 17, 19])
+def test_pages_that_others_share_do_not_come_free_and_nobody_is_lost(parts: Parts, pages: int) -> None:
+    executor = parts.executor("whole", "resident")
+    shared = [5 + index % 7 for index in range(24)]
+    prompts = [[*shared, *[40 + place] * (1 + place % 4)] for place in range(5)]
+    wanted = greedy(Engine(executor, limits=Limits(page=4)), prompts, 20)
+    engine = Engine(executor, limits=Limits(page=4, memory=pages * 4 * executor.position_bytes), policy=Restless())
+    assert greedy(engine, prompts, 20) == wanted
+    assert engine.counts.set_aside > 0
+    assert engine.pool.held == engine.aside.bytes == 0
+
+
 def test_a_lost_rank_fails_what_is_under_way_and_nothing_after(parts: Parts) -> None:
     others = multiprocessing.active_children()
     executor = open_executor(parts.folder, shares=(1.0, 1.0))

@@ -13,6 +13,7 @@ from rich.console import Console
 from mycel.errors import ExtraMissing, GenerationError
 
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+SHAPES = 128  # that oneDNN keeps compiled
 
 
 class Place(NamedTuple):
@@ -46,6 +47,10 @@ def serve_command(
     log: Path | None = None,
 ) -> None:
     """Open the model and serve it until interrupted."""
+    # Read when torch first computes. oneDNN keeps what it compiled for 1,024 shapes, and every new number of rows is a
+    # few: memory would grow for thousands of requests. With fewer kept it is level after the first thousand, and no
+    # slower (`benchmarks/door.py --part memory`, docs/serving.md).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))
     need("starlette", "uvicorn", "prometheus_client", extra="serve")
     keys = [*place.keys, *filter(None, os.environ.get("MYCEL_API_KEYS", "").split(","))]
     named = named_folders(adapters)

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -15,13 +16,14 @@ from mycel.generation.request import Token
 
 @dataclass
 class Choice:
-    """One continuation so far."""
+    """One continuation so far; ``named`` are the characters of those tokens that a stream has named."""
 
     index: int
     echo: str = ""
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     reason: str | None = None
+    named: int = 0
 
     def take(self, token: Token) -> None:
         """Add a token."""
@@ -69,7 +71,7 @@ class Writer:
 
     def piece(self, choice: Choice, token: Token) -> dict[str, Any]:
         """Return what a stream says of one token."""
-        scores = self._scores([token]) if self.logprobs and token.id >= 0 else None
+        scores = self._scores([token], choice) if self.logprobs and token.id >= 0 else None
         said = {"index": choice.index, "logprobs": scores, "finish_reason": token.reason}
         content = {"delta": {"content": token.text} if token.text else {}} if self.chat else {"text": token.text}
         return self._piece({**said, **content})
@@ -91,21 +93,21 @@ class Writer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        scores = self._scores(choice.tokens) if self.logprobs else None
+        scores = self._scores(choice.tokens, choice) if self.logprobs else None
         text = "".join(choice.text)
         said = {"index": choice.index, "logprobs": scores, "finish_reason": choice.reason}
         if self.chat:
             return {**said, "message": {"role": "assistant", "content": text}}
         return {**said, "text": choice.echo + text}
 
-    def _scores(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _scores(self, tokens: Sequence[Token], choice: Choice) -> dict[str, Any]:
         if self.chat:
             content = [
                 {**self._named(t.id, t.logprob), "top_logprobs": [self._named(*pair) for pair in t.top]} for t in tokens
             ]
             return {"content": content}
         names = [self._name(token.id) for token in tokens]
-        offsets = [sum(map(len, names[:index])) for index in range(len(names))]
+        *offsets, choice.named = accumulate(map(len, names), initial=choice.named)
         return {
             "tokens": names,
             "token_logprobs": [token.logprob for token in tokens],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +16,7 @@ from mycel.generation.request import Spans
 
 JOURNAL, OLDER = "requests.jsonl", "requests.1.jsonl"
 MOST_BYTES = 64 << 20
+logger = logging.getLogger("mycel.door")
 
 
 class Journal:
@@ -78,11 +81,15 @@ class Journal:
         with self._lock:
             if self._file.closed:
                 return
-            self._size += self._file.write(json.dumps(line) + "\n")
-            if self._size > self._most:
-                self._file.close()
-                self._path.replace(self._path.with_name(OLDER))
-                self._open()
+            try:
+                self._size += self._file.write(json.dumps(line) + "\n")
+                if self._size > self._most:
+                    self._file.close()
+                    self._path.replace(self._path.with_name(OLDER))
+                    self._open()
+            except OSError as error:  # a full disk: requests are answered all the same
+                logger.error("the journal %s ends here, for it cannot be written: %s", self._path, error.strerror)
+                self._end()
 
     def _open(self) -> None:
         self._file: TextIO = self._path.open("a", encoding="utf-8", buffering=1)
@@ -91,4 +98,9 @@ class Journal:
     def close(self) -> None:
         """Write no more."""
         self._write_refused()
-        self._file.close()
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        with suppress(OSError):  # of what could not be written, closing tries again
+            self._file.close()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from urllib.parse import urlparse
 
 import httpx
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from mycel.door.app import read_body, refusal
 from mycel.door.run import listen
 from mycel.door.schema import Refused
+from mycel.door.sending import Parts, unless_gone
 from mycel.errors import GenerationError
 
 ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
@@ -60,22 +62,21 @@ class Remote:
             asked = self._client.build_request(
                 http.method, http.url.path, content=body, headers={"Content-Type": "application/json"}
             )
-            answer = await self._client.send(asked, stream=True)
+            answer = await unless_gone(http.receive, self._client.send(asked, stream=True))
+        except ClientDisconnect:
+            return Response(status_code=499)
         except Refused as error:
             return refusal(error.status, error.message)
         except httpx.HTTPError as error:
             return refusal(502, f"the server behind this door cannot be reached ({type(error).__name__}): try later")
         headers = {name: answer.headers[name] for name in CARRIED if name in answer.headers}
-        return StreamingResponse(_parts(answer), answer.status_code, headers)
-
-
-async def _parts(answer: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for part in answer.aiter_raw():
-            yield part
-    finally:
         # Also when the client has gone: closing the connection cancels the work at the server.
-        await answer.aclose()
+        return Parts(_raw(answer), answer.status_code, headers, release=answer.aclose)
+
+
+async def _raw(answer: httpx.Response) -> AsyncGenerator[bytes]:
+    async for part in answer.aiter_raw():
+        yield part
 
 
 def serve_remote(

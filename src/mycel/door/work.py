@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from mycel.door.answers import Choice, Writer
 from mycel.door.chat import chat_prompt
 from mycel.door.metrics import Metrics
 from mycel.door.schema import ChatBody, CompletionBody, Refused
+from mycel.door.sending import Parts, unless_gone
 from mycel.generation.request import Request, Spans, Token
 from mycel.generation.served import Served
 from mycel.serve.edge_draft import verdict
 
-Result = TypeVar("Result")
+Burst = list[tuple[Choice, Token]]
+"""Tokens that have come, each with the choice that it belongs to."""
 
 
 class Work:
@@ -51,6 +52,12 @@ class Work:
 
     def check(self) -> None:
         """Refuse at once what cannot be answered."""
+        if len(self.requests) > self.served.backend.most:
+            raise Refused(
+                400,
+                f"{len(self.requests)} choices are asked for at once, and at most {self.served.backend.most} requests"
+                " are under way here: send fewer prompts, or lower n",
+            )
         for request in self.requests:
             request.check(self.served.backend.vocabulary, self.served.backend.context)
 
@@ -63,7 +70,7 @@ class Work:
             When the client has gone; what was under way is cancelled.
         """
         try:
-            return _json(self.writer.whole(await _unless_gone(http, self._gather(metrics))))
+            return _json(self.writer.whole(await unless_gone(http.receive, self._gather(metrics))))
         finally:
             for index in range(len(self.requests)):
                 self._note(index, metrics)
@@ -71,7 +78,7 @@ class Work:
     async def verdict(self, http: HttpRequest, metrics: Metrics) -> bytes:
         """Return which tokens of the request's guess stand, as a parcel."""
         try:
-            choices = await _unless_gone(http, self._gather(metrics))
+            choices = await unless_gone(http.receive, self._gather(metrics))
             return verdict([token.id for token in choices[0].tokens])
         finally:
             self._note(0, metrics)
@@ -81,31 +88,28 @@ class Work:
         self.streams = True
         pieces = self._pieces(metrics)
         try:
-            first = await _unless_gone(http, anext(pieces))
+            first = await unless_gone(http.receive, anext(pieces))
         except BaseException:
             await pieces.aclose()
             raise
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._events(first, pieces, usage), media_type="text/event-stream", headers=headers)
+        return Parts(self._events(first, pieces, usage), 200, headers, "text/event-stream", pieces.aclose)
 
-    async def _events(
-        self, first: tuple[Choice, Token], rest: AsyncGenerator[tuple[Choice, Token]], usage: bool
-    ) -> AsyncIterator[bytes]:
-        async with aclosing(rest):
-            for choice in self.choices:
-                if (opening := self.writer.first(choice)) is not None:
-                    yield _event(opening)
-            yield _event(self.writer.piece(*first))
-            try:
-                async for choice, token in rest:
-                    yield _event(self.writer.piece(choice, token))
-            except Exception as error:
-                # The status is long sent: the stream itself says what happened, and ends without its mark.
-                yield _event({"error": {"message": str(error)[:300], "type": "server_error"}})
-                return
-            if usage:
-                yield _event(self.writer.last(self.choices))
-            yield b"data: [DONE]\n\n"
+    async def _events(self, first: Burst, rest: AsyncGenerator[Burst], usage: bool) -> AsyncGenerator[bytes]:
+        """Yield events; those of tokens that came together are one part, and take one write."""
+        openings = [self.writer.first(choice) for choice in self.choices]
+        yield b"".join(_event(opening) for opening in openings if opening is not None) + self._said(first)
+        try:
+            async for burst in rest:
+                yield self._said(burst)
+        except Exception as error:
+            # The status is long sent: the stream itself says what happened, and ends without its mark.
+            yield _event({"error": {"message": str(error)[:300], "type": "server_error"}})
+            return
+        yield (_event(self.writer.last(self.choices)) if usage else b"") + b"data: [DONE]\n\n"
+
+    def _said(self, burst: Burst) -> bytes:
+        return b"".join([_event(self.writer.piece(choice, token)) for choice, token in burst])
 
     async def _gather(self, metrics: Metrics) -> list[Choice]:
         async with aclosing(self._pieces(metrics)) as pieces:
@@ -113,40 +117,48 @@ class Work:
                 pass
         return self.choices
 
-    async def _pieces(self, metrics: Metrics) -> AsyncGenerator[tuple[Choice, Token]]:
-        """Yield the tokens of all choices as they come."""
+    async def _pieces(self, metrics: Metrics) -> AsyncGenerator[Burst]:
+        """Yield the tokens of all choices as they come; the first failure ends all of them."""
         if len(self.requests) == 1:
-            async with aclosing(self._tokens(0, metrics)) as tokens:
-                async for token in tokens:
-                    yield self.choices[0], token
+            async with aclosing(self._bursts(0, metrics)) as bursts:
+                async for burst in bursts:
+                    yield burst
             return
-        arrived: asyncio.Queue[tuple[Choice, Token] | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Burst | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._forward(index, metrics, arrived)) for index in range(len(self.requests))]
+        left = len(tasks)
         try:
-            for _ in tasks:
-                while (piece := await arrived.get()) is not None:
-                    yield piece
-            for task in tasks:
-                await task
+            while left:
+                found = await arrived.get()
+                if isinstance(found, Exception):
+                    raise found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _forward(self, index: int, metrics: Metrics, arrived: asyncio.Queue[tuple[Choice, Token] | None]) -> None:
+    async def _forward(self, index: int, metrics: Metrics, arrived: asyncio.Queue[Burst | Exception | None]) -> None:
         try:
-            async with aclosing(self._tokens(index, metrics)) as tokens:
-                async for token in tokens:
-                    arrived.put_nowait((self.choices[index], token))
-        finally:
+            async with aclosing(self._bursts(index, metrics)) as bursts:
+                async for burst in bursts:
+                    arrived.put_nowait(burst)
+        except Exception as error:  # raised by whoever reads
+            arrived.put_nowait(error)
+        else:
             arrived.put_nowait(None)
 
-    async def _tokens(self, index: int, metrics: Metrics) -> AsyncGenerator[Token]:
+    async def _bursts(self, index: int, metrics: Metrics) -> AsyncGenerator[Burst]:
+        choice = self.choices[index]
         try:
-            async with aclosing(self.served.backend.stream(self.requests[index], self.spans[index])) as tokens:
-                async for token in tokens:
-                    self.choices[index].take(token)
-                    yield token
+            async with aclosing(self.served.backend.bursts(self.requests[index], self.spans[index])) as bursts:
+                async for burst in bursts:
+                    for token in burst:
+                        choice.take(token)
+                    yield [(choice, token) for token in burst]
         finally:
             if self.streams:  # its last token is with the socket; a whole answer is still to be formed
                 self._note(index, metrics)
@@ -202,26 +214,6 @@ def _tokens(served: Served, text: str) -> list[int]:
 
 def _ends(served: Served, body: CompletionBody | ChatBody) -> frozenset[int]:
     return frozenset() if body.ignore_eos else served.ends
-
-
-async def _unless_gone(http: HttpRequest, action: Coroutine[Any, Any, Result]) -> Result:
-    """Return what ``action`` returns, and cancel it when the client goes away."""
-    work = asyncio.ensure_future(action)
-    gone = asyncio.create_task(_gone(http))
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return await work
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-
-
-async def _gone(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from mycel.generation.streaming import Streamer
 from mycel.generation.text import Reader
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """One request in the queue or under way."""
 
@@ -46,8 +46,9 @@ class Ticket:
     def finish(self, reason: Reason) -> None:
         """End a request that the engine ended by itself."""
         if self.ended is None:
+            text = "" if reason == "error" else self.reader.finish()
             self.ended = reason
-            self.listener(Token(-1, "" if reason == "error" else self.reader.finish(), reason=reason))
+            self.listener(Token(-1, text, reason=reason))
 
 
 class Batched(Streamer):
@@ -69,6 +70,7 @@ class Batched(Streamer):
         super().__init__(vocabulary, context, most)
         self.tokenizer, self.batch = tokenizer, batch
         self._queue: deque[Ticket] = deque()
+        self._lock = threading.Lock()  # of the queue
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
@@ -100,7 +102,8 @@ class Batched(Streamer):
     async def begin(self, request: Request, listener: Listener, spans: Spans) -> Ticket:
         """Put a request into the queue."""
         ticket = Ticket(request, listener, Reader(self.tokenizer, request.stop))
-        self._queue.append(ticket)
+        with self._lock:
+            self._queue.append(ticket)
         self._wake.set()
         return ticket
 
@@ -125,20 +128,17 @@ class Batched(Streamer):
                 continue
             try:
                 self.generate(tickets)
+                for ticket in tickets:
+                    ticket.finish("stop")
             except Exception as error:  # one bad batch must not end the service
                 self.failure = f"{type(error).__name__}: {error}"[:300]
                 for ticket in tickets:
                     ticket.finish("error")
-            for ticket in tickets:
-                ticket.finish("stop")
 
     def _next(self) -> list[Ticket]:
-        while self._queue and self._queue[0].abandoned:
-            self._queue.popleft()
-        if not self._queue:
-            return []
-        first = self.alike(self._queue[0].request)
-        chosen = [ticket for ticket in list(self._queue) if self.alike(ticket.request) == first][: self.batch]
-        for ticket in chosen:
-            self._queue.remove(ticket)
+        with self._lock:
+            waiting = [ticket for ticket in self._queue if not ticket.abandoned]
+            alike = [ticket for ticket in waiting if self.alike(ticket.request) == self.alike(waiting[0].request)]
+            chosen = alike[: self.batch]
+            self._queue = deque(ticket for ticket in waiting if ticket not in chosen)
         return chosen

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Many
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -144,9 +145,12 @@ class Engine:
 
     def fail_all(self) -> None:
         """End every request with an error and give back what they hold; what failed may have spoilt any page."""
-        for sequence in list(self._active.values()):
+        failed = list(self._active.values())
+        for sequence in failed:
             sequence.end("error")
-            self._leave(sequence)
+        for sequence in failed:
+            with suppress(Exception):  # it failed already; what others hold must come back all the same
+                self._leave(sequence)
         self.pool.unshare()
 
     def step(self) -> bool:
@@ -160,13 +164,18 @@ class Engine:
         for identity in step.aside:
             self._moves.set_aside(self._active[identity])
         for identity in step.back:
-            self._moves.bring_back(self._active[identity])
+            # Pages that others share did not come free with whoever was set aside: who misses them comes back later.
+            if self._active[identity].aside <= self.pool.available:
+                self._moves.bring_back(self._active[identity])
         chosen = [(self._active[identity], tokens) for identity, tokens in step.run]
+        chosen = [(sequence, tokens) for sequence, tokens in chosen if sequence.place != "aside"]
         # Requests that find a shared beginning need other pages than planned: they take theirs last.
         chosen.sort(key=lambda pair: pair[0].place == "waiting")
         pieces = [self._piece(sequence, tokens) for sequence, tokens in chosen]
         work = [(sequence, *piece) for (sequence, _), piece in zip(chosen, pieces, strict=True) if piece is not None]
         if not work:
+            if step.aside:  # that made room, if less than was planned
+                return True
             raise GenerationError(
                 f"{type(self.policy).__name__} chose nothing to compute among {len(self._active)} jobs"
             )
@@ -196,7 +205,8 @@ class Engine:
         room = (len(sequence.table) + self.pool.available) * self.pool.size - sequence.computed
         count = min(tokens, sequence.left, room)
         if count < 1:
-            self._moves.release(sequence)
+            if sequence.place == "waiting":
+                self._moves.release(sequence)
             return None
         sequence.place = "resident"
         sequence.spans.begun = sequence.spans.begun or self.clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import secrets
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class LlamaCpp(Batched):
         """Generate for one request."""
         ticket = tickets[0]
         drawn = ticket.request.sampling
-        if drawn.seed is not None:
-            self.model.set_seed(drawn.seed % 2**32)
+        # It keeps the last seed: who names none must not repeat another's draw. Its largest means "any".
+        self.model.set_seed((secrets.randbits(32) if drawn.seed is None else drawn.seed) % (2**32 - 1))
         tokens = self.model.generate(
             list(ticket.request.prompt), temp=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p, min_p=0.0
         )

@@ -95,11 +95,13 @@ class Moves:
 
     def release(self, sequence: Sequence) -> None:
         """Let a sequence hold nothing: it begins anew, or has ended."""
-        self.aside.drop(sequence.id)
-        self.pool.release(sequence.table)
-        self.executor.forget(sequence.id)
-        sequence.table, sequence.computed, sequence.published = [], 0, 0
-        sequence.place, sequence.moving = "waiting", ""
+        try:
+            self.aside.drop(sequence.id)
+            self.executor.forget(sequence.id)
+        finally:
+            self.pool.release(sequence.table)
+            sequence.table, sequence.computed, sequence.published = [], 0, 0
+            sequence.place, sequence.moving = "waiting", ""
 
     def _is_aside(self, sequence: Sequence, needed: int) -> None:
         self.pool.release(sequence.table)

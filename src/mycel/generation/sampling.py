@@ -45,11 +45,12 @@ class Sampler:
             logits = self._penalise(logits, ahead)
         if chosen.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / chosen.temperature
+        # From the largest down, so that no temperature, however small, leads beyond what numbers can say.
+        logits = (logits - logits.max()).double() / chosen.temperature
         if 0 < chosen.top_k < logits.shape[-1]:
             least = logits.topk(chosen.top_k).values[-1]
             logits = logits.masked_fill(logits < least, float("-inf"))
-        probabilities = torch.softmax(logits.double(), -1)
+        probabilities = torch.softmax(logits, -1)
         if chosen.top_p < 1.0:
             ordered, places = probabilities.sort(descending=True)
             before = ordered.cumsum(-1) - ordered
@@ -83,10 +84,11 @@ class Sampler:
 
     def _penalise(self, logits: Tensor, ahead: Sequence[int]) -> Tensor:
         seen = self._seen + Counter(ahead)
-        logits = logits.clone()
-        for token, count in seen.items():
-            logits[token] -= self.sampling.presence_penalty + count * self.sampling.frequency_penalty
-        return logits
+        if not seen:
+            return logits
+        counts = torch.tensor(list(seen.values()), dtype=logits.dtype)
+        penalties = self.sampling.presence_penalty + counts * self.sampling.frequency_penalty
+        return logits.index_add(0, torch.tensor(list(seen)), penalties, alpha=-1)
 
 
 def pick(probabilities: Tensor, uniform: float) -> int:

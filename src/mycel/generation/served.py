@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +27,25 @@ from mycel.models.save import ADAPTER_FOLDER, BASE_FOLDER
 
 
 class Backend(Protocol):
-    """What generates; the door knows nothing else of it."""
+    """What generates; the door knows nothing else of it.
+
+    Attributes
+    ----------
+    context, vocabulary : int
+        Of the model.
+    most : int
+        Largest number of unfinished requests.
+    """
 
     context: int
     vocabulary: int
+    most: int
+
+    def bursts(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[list[Token]]:
+        """Yield tokens, each time all that have come; leaving the iteration early cancels the request."""
 
     def stream(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[Token]:
-        """Yield tokens; leaving the iteration early cancels the request."""
+        """Yield the same tokens one by one."""
 
     def report_to(self, notice: Notice) -> None:
         """Tell ``notice`` from now on what happens beside the requests themselves."""
@@ -121,7 +134,8 @@ class Served:
         for folder in sorted(self.shelf.iterdir()):
             places = (folder, folder / "model" / ADAPTER_FOLDER)
             if folder.name not in self.adapters and any((place / CONFIG).is_file() for place in places):
-                self.adapters[folder.name] = find_adapter(str(folder))
+                with suppress(ModelError):  # half of one: it may still be on its way here
+                    self.adapters[folder.name] = find_adapter(str(folder))
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ class Service(Streamer):
     def _work(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
             try:
+                while self._commands:
+                    self._commands.popleft()()
                 busy = self.engine.step()
             except Exception as error:  # one bad iteration must not end the service
                 self.failure = f"{type(error).__name__}: {error}"[:300]

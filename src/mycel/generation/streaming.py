@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from mycel.errors import BusyError, GenerationError
@@ -50,7 +51,14 @@ class Streamer:
         raise NotImplementedError
 
     async def stream(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[Token]:
-        """Yield a request's tokens as they come; leaving the iteration early cancels the request.
+        """Yield a request's tokens one by one, as ``bursts`` has them."""
+        async with aclosing(self.bursts(request, spans)) as bursts:
+            async for burst in bursts:
+                for token in burst:
+                    yield token
+
+    async def bursts(self, request: Request, spans: Spans | None = None) -> AsyncGenerator[list[Token]]:
+        """Yield a request's tokens, each time all that have come; leaving the iteration early cancels the request.
 
         Raises
         ------
@@ -62,30 +70,26 @@ class Streamer:
         self.check(request)
         if self.unfinished >= self.most:
             raise BusyError(f"{self.unfinished} requests are under way", self.patience())
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Token] = asyncio.Queue()
+        inbox = _Inbox(asyncio.get_running_loop())
         spans = spans or Spans()
         spans.submitted = time.monotonic()
-
-        def listener(token: Token) -> None:
-            with suppress(RuntimeError):  # the loop may have closed while the last tokens came
-                loop.call_soon_threadsafe(arrived.put_nowait, token)
-
         self.unfinished += 1
         # A task of its own: a caller that leaves while it starts must still be able to stop it.
-        starting = asyncio.ensure_future(self.begin(request, listener, spans))
+        starting = asyncio.ensure_future(self.begin(request, inbox.put, spans))
         ended = False
         try:
             await asyncio.shield(starting)
             while not ended:
-                token = await arrived.get()
-                ended = token.reason is not None
+                burst = await inbox.take()
+                ended = burst[-1].reason is not None
+                failed = burst[-1].reason == "error"
                 spans.last = time.monotonic()
                 spans.first = spans.first or spans.last
-                spans.tokens += token.id >= 0
-                if token.reason == "error":
+                spans.tokens += sum(token.id >= 0 for token in burst)
+                if burst := burst[:-1] if failed else burst:
+                    yield burst
+                if failed:
                     raise GenerationError(f"the engine failed and gave the request up: {self.failure}")
-                yield token
         finally:
             self.unfinished -= 1
             self._pace()
@@ -104,3 +108,28 @@ class Streamer:
         now = time.monotonic()
         self.rate += 0.2 * (1 / max(now - self._finished, 1e-3) - self.rate)
         self._finished = now
+
+
+class _Inbox:
+    """Tokens from another thread; the loop is woken once for all that come before it looks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._tokens, self._there = loop, deque[Token](), asyncio.Event()
+
+    def put(self, token: Token) -> None:
+        """Add a token, from any one thread."""
+        self._tokens.append(token)
+        # Who takes goes on until nothing is left: a second token was seen by whoever the first one woke.
+        if len(self._tokens) == 1:
+            with suppress(RuntimeError):  # the loop may have closed while the last tokens came
+                self._loop.call_soon_threadsafe(self._there.set)
+
+    async def take(self) -> list[Token]:
+        """Return all that have come, at least one."""
+        found: list[Token] = []
+        while not found:
+            await self._there.wait()
+            self._there.clear()
+            while self._tokens:
+                found.append(self._tokens.popleft())
+        return found
