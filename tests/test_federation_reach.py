@@ -86,8 +86,8 @@ def test_news_that_does_not_pass_ends_no_other_news(tmp_path: Path, mood: str) -
 
 
 def test_a_wait_is_learnt_as_a_partys_deadline_is() -> None:
+    assert Wait(patience=3.0).seconds is None
     wait = Wait(patience=3.0)
-    assert wait.seconds is None
     for seconds in (1.0, 2.0, 4.0):
         wait.learn(seconds)
     assert wait.seconds == pytest.approx(2.0 + 3.0 * (1 + 4 / 3) * 1.0)
