@@ -1,4 +1,7 @@
-"""A line that both ends trust, so that it knows the messages which it cuts off in their middle, each kind once."""
+"""A line that both ends trust, so that it knows the messages which it cuts off in their middle, each kind once.
+
+It can also answer in the SuperLink's place that a run has ended, which a node may hear in the middle of a message.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ KINDS = (
     "push-object",
 )
 WAYS = ("asked", "answered")
+ENDED = ("confirm-message-received", "ended")
+FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n"
 
 
 class CuttingLine:
@@ -42,6 +47,11 @@ class CuttingLine:
                     head = await source.readuntil(b"\r\n\r\n")
                     if way == "asked":
                         kind = head.split()[1].decode().rpartition("/")[2]
+                    elif (kind, "ended") in self.due:
+                        self.due.discard((kind, "ended"))
+                        await source.readexactly(_length(head))
+                        writer.write(FORBIDDEN)
+                        continue
                     if await self._pass(head, source, sink, (kind, way)):
                         return
         except (asyncio.IncompleteReadError, OSError):
@@ -54,8 +64,7 @@ class CuttingLine:
         self, head: bytes, source: asyncio.StreamReader, sink: asyncio.StreamWriter, message: tuple[str, str]
     ) -> bool:
         """Pass a message on; return whether it was cut."""
-        lines = head.lower().split(b"\r\n")
-        length = int(next(line for line in lines if line.startswith(b"content-length:")).split(b":")[1])
+        length = _length(head)
         cut = message in self.due and (message != ("pull-messages", "answered") or length > 0)
         if cut:
             self.due.discard(message)
@@ -68,6 +77,11 @@ class CuttingLine:
             if left and not (piece := await source.read(1 << 16)):
                 raise ConnectionError
         return cut
+
+
+def _length(head: bytes) -> int:
+    lines = head.lower().split(b"\r\n")
+    return int(next(line for line in lines if line.startswith(b"content-length:")).split(b":")[1])
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def test_a_party_that_declines_is_counted_and_says_why(made: Village, tmp_path: 
     assert status == 1
     assert "uses up to 24 rows (data.examples), and this party's rows allows 10" in going.words()
     (drop,) = [event for event in going.events() if event["event"] == "drop"]
-    assert (drop["node"], drop["reason"]) == ("party-2", "declined")
+    assert (drop["node"], drop["reason"]) == (2, "declined")
     logs = (made.folder / "state" / "parties").glob("*party-2/party.log")  # one for each address it joined at
     assert any("rows allows 10" in log.read_text() for log in logs)
 

@@ -49,6 +49,7 @@ LEFT_OUT = (
 )
 PARTIES = "parties.json"  # in a run's folder of work: who took part, for who is node 0 must stay node 0
 LOOK = 0.5  # seconds between looks for parties that have joined
+AWAY = 10.0  # seconds before a party whose app or node failed is asked anew
 
 
 @dataclass
@@ -187,6 +188,8 @@ class Federated(Execution):
                     engine.addresses = [address for _, address in chosen]
                     write_json(self.folder.work / PARTIES, {"names": names})
                     return nodes
+                if all(name not in self.declined for name, _ in chosen):
+                    await asyncio.sleep(AWAY)
             elif self.declined and len(before or self.seats) - len(self.declined) < wanted:
                 said = "; ".join(f"{name} says that {why}" for name, why in self.declined.items())
                 raise EngineError(f"{wanted} parties are needed, and of {len(self.seats)} some decline: {said}")
@@ -203,15 +206,21 @@ class Federated(Execution):
             )
 
     async def _hear(self, engine: FlowerEngine, chosen: list[tuple[str, int]]) -> list[Node]:
-        """Return what parties say of themselves; whoever declines is logged, and not asked again."""
+        """Return what parties say of themselves; whoever declines is logged, and not asked again.
+
+        What Flower says of a party, that its app has crashed or its node is away, is no answer of the party's.
+        """
         asked = [engine.question(address, {"verb": "describe", "node": i}) for i, (_, address) in enumerate(chosen)]
         nodes = []
         for index, (control, _) in enumerate(await asyncio.gather(*asked)):
             name = chosen[index][0]
-            node = _node(index, name, control)
+            lost = control.get("error")
+            node = lost or _node(index, name, control)
             if isinstance(node, str):
-                self.declined[name] = node
-                self.log.record("drop", "system", round=0, node=name, reason="declined", detail=node, bytes=0, at=0.0)
+                reason = "lost" if lost else "declined"
+                detail = f"{name}: {node}"
+                self.log.record("drop", "system", round=0, node=index, reason=reason, detail=detail, bytes=0, at=0.0)
+                self.declined |= {} if lost else {name: node}
             else:
                 nodes.append(node)
                 self.cleaned[name] = _counts(control["said"].get("cleaning", {}))
@@ -227,7 +236,8 @@ class Federated(Execution):
         for address, (control, _) in zip(
             fresh, await asyncio.gather(*(engine.question(node, {"verb": "name"}) for node in fresh)), strict=True
         ):
-            self.seats[str(control.get("said", {}).get("name", address))] = address
+            if "error" not in control:
+                self.seats[str(control.get("said", {}).get("name", address))] = address
         return {name: address for name, address in sorted(self.seats.items()) if address in there}
 
 
@@ -247,7 +257,7 @@ def _node(index: int, name: str, control: Mapping[str, Any]) -> Node | str:
     """Read what a party says of itself, or why it takes no part."""
     said = control.get("said")
     if not isinstance(said, dict):
-        return str(control.get("error", "it says nothing of itself"))
+        return "it says nothing of itself"
     if "samples" not in said:
         return str(said.get("refusal", "it says nothing of itself"))[:500]
     try:

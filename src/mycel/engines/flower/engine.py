@@ -23,7 +23,6 @@ from mycel.wire.shelf import Frame
 PART = 1 << 27  # bytes of a frame that travel in one message
 PIECE = 48 << 20  # bytes of each message that a longer frame travels in
 AGAIN = 10.0  # seconds after which a question outside of the rounds is asked for the second time
-LOST = 3  # questions in a row that are lost on the way before whoever asks hears of it
 
 
 @dataclass
@@ -90,18 +89,14 @@ class FlowerEngine:
     async def question(self, address: int | None, control: Control) -> tuple[Control, bytes]:
         """Ask the party at ``address``, or the ServerApp itself, something outside of the rounds.
 
-        It is asked again, later each time, for it may have been lost; nobody is given up. What Flower itself says of a
-        party, that its app has crashed or its node is away, is no answer of the party's.
+        It is asked again, later each time, for it may have been lost; nobody is given up.
         """
+        future: asyncio.Future[tuple[Control, bytes]] = self._loop.create_future()
         pause = AGAIN
-        for _ in range(LOST):
-            future: asyncio.Future[tuple[Control, bytes]] = self._loop.create_future()
-            while not future.done():
-                self._questions[self._send(address, control)] = future
-                await asyncio.wait([future], timeout=pause)
-                pause *= 2
-            if address is None or "error" not in future.result()[0]:
-                break
+        while not future.done():
+            self._questions[self._send(address, control)] = future
+            await asyncio.wait([future], timeout=pause)
+            pause *= 2
         return future.result()
 
     async def nodes(self) -> list[int]:
