@@ -157,6 +157,15 @@ def test_what_a_hostile_frame_says_of_itself_is_told_as_unreadable(frame: bytes)
     assert outline(frame) == {"(unreadable)": [len(frame)]}
 
 
+def test_nesting_at_the_edge_of_what_can_be_read_ends_no_audit() -> None:
+    audit = Audit(Private(texts=[SECRET]))
+    for depth in range(800, 1000):
+        note = "[" * depth + "]" * depth
+        audit.look(_claiming({}, f'{{"kind": "answer", "header": {{"note": {note}}}}}'), "frame 0")
+    assert 0 < audit.unreadable < audit.frames
+    assert audit.kinds == {"answer": audit.frames - audit.unreadable}
+
+
 def test_a_header_beyond_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     part = Kept.__getitem__

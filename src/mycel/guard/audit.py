@@ -76,11 +76,12 @@ class Audit:
         self._seek(frame, where)
         try:
             parcel = Parcel.from_bytes(frame, limits)
-        except ParcelError:
+            header = json.dumps(parcel.header, ensure_ascii=False).encode()
+        except (ParcelError, RecursionError):  # what is nested as deep as can just be read may be too deep to write
             self.unreadable += 1
             return
         self.kinds[parcel.kind] = self.kinds.get(parcel.kind, 0) + 1
-        self._seek(json.dumps(parcel.header, ensure_ascii=False).encode(), f"{where}, header")
+        self._seek(header, f"{where}, header")
         for name, tensor in parcel.tensors.items():
             self.names.setdefault(name, list(tensor.shape))
             self._seek_tensor(tensor, f"{where}, tensor {name!r}")
