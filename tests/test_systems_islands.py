@@ -21,7 +21,7 @@ from mycel.recipe.schema import Training
 from mycel.rounds.algebra import norm, subtract
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.registry import load_system
-from mycel.rounds.system import Answer
+from mycel.rounds.system import Answer, Outcome
 from mycel.run.islands import ISLAND_ARMS, island_arm
 from mycel.testing import check_combine
 from mycel.testing.codecs import check_codec
@@ -118,6 +118,21 @@ def test_acco_follows_its_recursion(lab: Laboratory) -> None:
         half, half_tokens, taken = half_next, next_tokens, taken + 1
     assert finished.state.facts["updates"] == taken == 3
     assert distance(finished.state.shared, weights) < 1e-5
+
+
+def test_a_stage_of_acco_in_which_every_island_is_new_changes_nothing(lab: Laboratory) -> None:
+    play = Play(lab, recipe(lab, "acco", {"knobs": {"accumulate": 1}}))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in play.state.shared.items()}
+    ones = {name: torch.ones_like(tensor) for name, tensor in zeros.items()}
+    ends = []
+    for tokens in ((0, 8, 8), (0, 0, 8, 0, 8)):
+        state = play.state
+        for count in tokens:
+            state = play.system.step(state, Outcome(shared=ones if count else zeros, facts={"tokens": count}))
+        ends.append(state)
+    assert [state.facts["updates"] for state in ends] == [1, 1]
+    assert distance(ends[0].shared, play.state.shared) > 0
+    assert all(torch.equal(ends[1].shared[name], tensor) for name, tensor in ends[0].shared.items())
 
 
 def test_a_stage_of_acco_lasts_as_the_longer_of_computing_and_sending(lab: Laboratory) -> None:

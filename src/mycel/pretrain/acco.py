@@ -56,7 +56,7 @@ class Acco(Pretraining):
         state = super().begin(world)
         made = self.knobs.accumulate
         steps = [made or self._fitting(world, state, node) for node in range(len(world.nodes))]
-        return state.but(base={}, facts={"stage": 0, "updates": 0, "steps": steps})
+        return state.but(base={}, facts={"updates": 0, "steps": steps})
 
     def _fitting(self, world: World, state: State, node: int) -> int:
         wire, link = world.recipe.wire, world.device(node).link
@@ -104,18 +104,18 @@ class Acco(Pretraining):
         return Outcome(shared=mean_gradient(answers), facts={"tokens": tokens})
 
     def step(self, state: State, outcome: Outcome) -> State:
-        """Stage 0 moves nothing; odd stages make an estimate; even ones the real step over both halves."""
-        stage, updates, tokens = state.facts["stage"], state.facts["updates"], outcome.facts["tokens"]
-        facts = {**state.facts, "stage": stage + 1}
+        """A stage without gradients moves nothing; one makes an estimate, the next the real step over both halves."""
+        facts, updates, tokens = state.facts, state.facts["updates"], outcome.facts["tokens"]
         memory, rate = group(state.server, "memory"), self.rate(updates)
         kept = with_role("memory", memory)
         if not tokens:
-            return state.but(facts=facts)
-        if stage % 2:
+            return state
+        first = group(state.server, "half")
+        if not first:
             estimate, _ = advance(state.shared, outcome.shared, memory, self.recipe.training, rate)
             half = with_role("half", outcome.shared) | with_role("estimate", estimate)
             return state.but(server=kept | half, facts={**facts, "half": tokens})
-        gradient = joined(group(state.server, "half"), state.facts["half"], outcome.shared, tokens)
+        gradient = joined(first, state.facts["half"], outcome.shared, tokens)
         shared, memory = advance(state.shared, gradient, memory, self.recipe.training, rate)
         return state.but(shared=shared, server=with_role("memory", memory), facts={**facts, "updates": updates + 1})
 

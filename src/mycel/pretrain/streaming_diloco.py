@@ -204,7 +204,10 @@ def _place(key: str) -> tuple[str, int]:
 
 
 def claim(lab: Laboratory) -> Measured:
-    """A quarter of DiLoCo's bytes at a time, in rounds as long as the longer of computing and sending; its loss."""
+    """A quarter of DiLoCo's bytes at a time, in rounds as long as the longer of computing and sending; its loss.
+
+    The 2 % that are allowed above DiLoCo's loss were set after 1.9 % had been seen.
+    """
     from mycel.pretrain.proving import pretraining
 
     whole = lab.recipe("diloco", pretraining({"rounds.count": 8, "rounds.local_steps": 64}))
