@@ -168,4 +168,4 @@ def test_a_checkpoint_of_another_recipe_is_refused(alone: Ranks, folder: Path) -
 @pytest.mark.parametrize("shape", [{"hidden": 32}, {"blocks": 3}])
 def test_a_checkpoint_of_another_model_is_refused(alone: Ranks, folder: Path, shape: dict[str, int]) -> None:
     with pytest.raises(RunError, match=r"does not fit this model \(.*\): resume with the model"):
-        load(alone, folder, **shape)
+        load(alone, folder, "this training", **shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import resource
 from typing import Any
 
 import pytest
@@ -140,6 +141,21 @@ def test_what_waits_in_a_file_comes_back_or_is_refused() -> None:
     gc.collect()
     spill.pack(tensors[0])
     assert os.fstat(spill._file).st_size == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_begun_takes_no_place() -> None:
+    spill, tensor, before = Spill(), torch.randn(900), resource.getrlimit(resource.RLIMIT_FSIZE)
+    spill.pack(torch.randn(300))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(RunError, match="3600 bytes of activations could not be written: is the disk full"):
+            spill.pack(tensor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    gc.collect()
+    kept = spill.pack(tensor)
+    assert torch.equal(spill.unpack(kept), tensor)
+    assert os.fstat(spill._file).st_size == 3600
 
 
 def test_an_optimiser_whose_memory_lies_in_a_file_takes_the_same_steps() -> None:

@@ -88,13 +88,20 @@ class Spill:
         if weight or local.numel() * local.element_size() < SMALL:
             return tensor
         content = local.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        self._waiting += 1  # until what is made here is gone, however it goes
         kept = _Away(self, self._end, len(content), zlib.crc32(content.data), local, tensor)
-        if os.pwrite(self._file, content.data, self._end) != len(content):
-            raise RunError(f"{len(content)} bytes of activations could not be written: is the disk full?")
-        self._end += len(content)
+        try:
+            self._write(content.data)
+        except OSError as error:
+            raise RunError(f"{len(content)} bytes of activations could not be written: is the disk full?") from error
         self.written += len(content)
-        self._waiting += 1
         return kept
+
+    def _write(self, content: memoryview) -> None:
+        while content:  # the system takes at most 2 GiB at a time
+            count = os.pwrite(self._file, content, self._end)
+            self._end += count
+            content = content[count:]
 
     def unpack(self, kept: Any) -> Tensor:
         """Read a tensor back; ``RunError`` when it is not what was written."""
@@ -102,8 +109,9 @@ class Spill:
 
     def read(self, offset: int, size: int, check: int) -> Tensor:
         """Return bytes of the file."""
-        content = torch.empty(size, dtype=torch.uint8)
-        found = os.preadv(self._file, [content.numpy().data], offset)
+        content, found = torch.empty(size, dtype=torch.uint8), 0
+        while count := os.preadv(self._file, [content.numpy().data[found:]], offset + found):
+            found += count
         if found != size or zlib.crc32(content.numpy().data) != check:
             raise RunError("activations that waited on the disk came back changed: see to the disk")
         return content
