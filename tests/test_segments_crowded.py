@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from decoders import decoder
 from mycel.engines.calls import CALL, HEADER
 from mycel.engines.peers_memory import MemorySwarm
-from mycel.errors import EngineError
+from mycel.errors import EngineError, GenerationError
 from mycel.models.cut import Cut
 from mycel.segments.client import Turn
 from mycel.segments.executor import Pipeline
@@ -159,6 +159,34 @@ def test_a_lender_that_cannot_move_says_so_serves_on_and_moves_later(folder: Pat
             await two.close()
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("weights", ["mapped", "tiered(1)", "window(1)"])
+def test_a_lender_without_memory_for_its_blocks_reads_them_and_says_the_same(folder: Path, weights: str) -> None:
+    memory = RESERVE + int(4.6 * weigh(folder)[1])  # for three blocks of four, and sessions
+
+    async def check() -> None:
+        async with bench(folder, []) as made:
+            member = await made.swarm.join("poor")
+            lender = Lender(member, folder, memory, weights=weights)
+            try:
+                await lender.start(period=3600, settle=0.01)
+                assert lender.host is not None
+                assert (lender.host.segment.first, lender.host.segment.last) == (0, 4)
+                assert await together(made.model, PROMPTS, COUNT) == [greedy(folder, prompt) for prompt in PROMPTS]
+            finally:
+                await lender.close()
+                await member.close()
+
+    asyncio.run(check())
+    with pytest.raises(EngineError, match="fit"):
+        asyncio.run(_lender(folder, memory, "window(4)"))
+    with pytest.raises(GenerationError, match="--weights"):
+        asyncio.run(_lender(folder, memory, "nf4"))
+
+
+async def _lender(folder: Path, memory: int, weights: str) -> Lender:
+    return Lender(await MemorySwarm().join("one"), folder, memory, weights=weights)
 
 
 async def _until(holds: Any) -> None:

@@ -262,6 +262,8 @@ def test_a_checkpoint_loads_equal_to_the_bit_and_writes_shared_weights_once(tmp_
         "scalar": torch.tensor(2.5),
         "none": torch.empty(0, 3),
         "bf": torch.randn(3, 4, 5).bfloat16(),
+        "square": (square := torch.randn(5, 5)),
+        "turned": square.t(),  # the same memory, and other numbers in it
     }
     write_checkpoint(state, tmp_path)
     for loader in (Loader(), Loader(1, direct=True)):

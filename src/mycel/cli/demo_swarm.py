@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -142,16 +142,22 @@ async def loopback_swarm(
                 )
             yield door, processes
         finally:
-            await door.close()
-            for process in processes.values():
-                process.terminate()
-            for process in processes.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
-                process.kill()
-                process.wait()
-                if process.stderr is not None:
-                    process.stderr.close()
+            try:
+                await door.close()
+            finally:
+                _end(processes.values())
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 async def present(door: Any, count: int, processes: dict[str, subprocess.Popen[bytes]]) -> None:

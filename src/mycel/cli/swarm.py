@@ -27,6 +27,7 @@ class Lending(NamedTuple):
     listen: str
     name: str
     threads: int
+    weights: str
 
 
 def swarm_command(folder: Path, meet: str, invite: str, reachable: list[str]) -> None:
@@ -73,13 +74,16 @@ def peer_command(lending: Lending) -> None:
 
     async def lend() -> None:
         peers = await found.join(lending.name, lending.listen)
-        lender = Lender(peers, folder, memory, blocks, lambda sentence: messages.print(f"{peers.name} {sentence}"))
+        say = lambda sentence: messages.print(f"{peers.name} {sentence}")  # noqa: E731
         try:
-            await lender.start()
-            gc.freeze()  # the libraries' objects stay for good: no use looking through them again and again
-            await interrupted()
+            lender = Lender(peers, folder, memory, blocks, say, lending.weights)
+            try:
+                await lender.start()
+                gc.freeze()  # the libraries' objects stay for good: no use looking through them again and again
+                await interrupted()
+            finally:
+                await lender.close()
         finally:
-            await lender.close()
             await peers.close()
 
     asyncio.run(lend())

@@ -38,8 +38,11 @@ def peer(
     listen: Annotated[str, typer.Option(help="HOST:PORT to be reached at directly; else outbound only.")] = "",
     name: Annotated[str, typer.Option(help="Name in the swarm; an invitation says it itself.")] = "",
     threads: Annotated[int, typer.Option(help="Threads to compute with; 0: all cores.", min=0)] = 0,
+    weights: Annotated[
+        str, typer.Option(help="resident, mapped, tiered(N) or window(N): more blocks than memory holds.")
+    ] = "resident",
 ) -> None:
     """Lend this machine to a swarm: it takes the blocks needed most, and moves when another place is better."""
     from mycel.cli.swarm import Lending, peer_command
 
-    peer_command(Lending(join, model, memory, blocks, listen, name, threads))
+    peer_command(Lending(join, model, memory, blocks, listen, name, threads, weights))

@@ -41,13 +41,13 @@ def write_checkpoint(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {}
-    places: dict[tuple[int, tuple[int, ...]], int] = {}
+    places: dict[tuple[object, ...], int] = {}
     end = 0
     with (folder / WEIGHTS).open("wb") as file:
         for name, tensor in tensors.items():
             if tensor.dtype not in NAMES:
                 raise ModelError(f"the tensor {name!r} is of type {tensor.dtype}, which a checkpoint does not hold")
-            key = (tensor.data_ptr(), tuple(tensor.shape))
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
             if key not in places:
                 places[key] = end
                 file.seek(end)

@@ -13,6 +13,7 @@ from mycel.errors import BusyError, GenerationError
 from mycel.generation.request import Request, Spans, Token
 from mycel.generation.sequence import Listener
 
+APART = 1e-3  # seconds between two bursts of one stream at least, unless it ends
 Notice = Callable[..., None]
 """Told that something happened: its kind, and facts by name."""
 
@@ -111,16 +112,21 @@ class Streamer:
 
 
 class _Inbox:
-    """Tokens from another thread; the loop is woken once for all that come before it looks."""
+    """Tokens from another thread; the loop is woken once for all that come before it looks.
+
+    An engine that makes tokens faster than ``APART`` would have the loop write each for itself, at more cost than the
+    token's own: then they are taken together, but for the last, which nobody waits for.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._tokens, self._there = loop, deque[Token](), asyncio.Event()
+        self._taken = 0.0
 
     def put(self, token: Token) -> None:
         """Add a token, from any one thread."""
         self._tokens.append(token)
         # Who takes goes on until nothing is left: a second token was seen by whoever the first one woke.
-        if len(self._tokens) == 1:
+        if len(self._tokens) == 1 or token.reason is not None:
             with suppress(RuntimeError):  # the loop may have closed while the last tokens came
                 self._loop.call_soon_threadsafe(self._there.set)
 
@@ -130,6 +136,13 @@ class _Inbox:
         while not found:
             await self._there.wait()
             self._there.clear()
+            left = self._taken + APART - time.monotonic()
+            if left > 0 and self._tokens and self._tokens[-1].reason is None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._there.wait()
+                self._there.clear()
             while self._tokens:
                 found.append(self._tokens.popleft())
+        self._taken = time.monotonic()
         return found

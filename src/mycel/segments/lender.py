@@ -14,6 +14,7 @@ from mycel.decisions.placement import Held, Neediest, Range, Situation
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError
 from mycel.generation.linear import quicken
+from mycel.generation.weights import Weights
 from mycel.models.anatomy import anatomy
 from mycel.models.cut import Cut, read_config
 from mycel.models.shards import Shards
@@ -21,6 +22,7 @@ from mycel.segments.client import fingerprint
 from mycel.segments.host import Host
 from mycel.segments.keys import Slab
 from mycel.segments.segment import Segment
+from mycel.segments.window import Window
 
 SHARE = 0.5  # of the free memory, where no limit is given
 RESERVE = 256 << 20  # bytes for the interpreter and its libraries
@@ -43,6 +45,9 @@ class Lender:
         Serve exactly these; by default the neediest, for as long as no other place is better.
     say : callable
         Told in a sentence what happens.
+    weights : str
+        Where weights are, as ``generation.weights.Weights`` reads it. Where not all of them are in memory, a machine
+        takes blocks for which it has none, and reads them for each step.
     """
 
     def __init__(
@@ -52,12 +57,19 @@ class Lender:
         memory: int = 0,
         blocks: Range | None = None,
         say: Callable[[str], None] = lambda sentence: None,
+        weights: str = "resident",
     ) -> None:
         self.peers, self.folder, self.blocks, self.say = peers, folder, blocks, say
         self.model = fingerprint(folder)
         self.depth, self.block_bytes = weigh(folder)
-        self.room = self.depth if blocks is not None else room(memory, self.block_bytes, self.depth)
-        self.free = free(memory)
+        self.weights, self.free = Weights.parse(weights), free(memory)
+        fitting = self.depth if blocks is not None else room(memory, self.block_bytes, self.depth)
+        if self._in_memory(self.depth) > fitting and self.weights.window:
+            raise EngineError(
+                f"--weights {weights} keeps {self._in_memory(self.depth)} blocks in memory; {fitting} fit"
+            )
+        self.room = fitting if self.weights.kind == "resident" else self.depth
+        self._windows: list[Window] = []
         self.decision = Neediest()
         self.host: Host | None = None
         self._moving: asyncio.Task[None] | None = None
@@ -80,6 +92,7 @@ class Lender:
             await asyncio.gather(self._moving, return_exceptions=True)
         if self.host is not None:
             await self.host.close()
+        self._let_go(0)
 
     async def reconsider(self) -> bool:
         """Move if another place would serve the swarm much better; return whether it did."""
@@ -91,6 +104,7 @@ class Lender:
             return False
         self.say(f"moves from blocks {now[0]} to {now[1] - 1} to blocks {better[0]} to {better[1] - 1}")
         await host.replace(await self._load(better))
+        self._let_go(1)
         return True
 
     async def _move(self, period: float) -> None:
@@ -111,11 +125,27 @@ class Lender:
         return await asyncio.to_thread(self._open, first, last)
 
     def _open(self, first: int, last: int) -> Segment:
-        cut = Cut.open(self.folder, first, last, embed=False, head=False)
+        where = self.weights
+        if where.window:
+            self._windows.append(Window(self.folder, where.window, False, False, first, last, where.held))
+            cut = self._windows[-1].cut
+        else:
+            cut = Cut.open(self.folder, first, last, embed=False, head=False, mapped=where.kind == "mapped")
         quicken(cut.model, pack=False)
         positions = int(getattr(cut.config, "max_position_embeddings", 0) or Slab().positions)
-        left = max(self.free - (last - first) * self.block_bytes, self.free // 3)
+        left = max(self.free - self._in_memory(last - first) * self.block_bytes, self.free // 3)
         return Segment(cut, slab=Slab(positions=positions, memory=max(1, left // (last - first))))
+
+    def _in_memory(self, blocks: int) -> int:
+        """Return how many of so many blocks are in memory at a time; those in their file are nobody's."""
+        where = self.weights
+        held = {"resident": blocks, "mapped": 0}.get(where.kind, where.window + where.held)
+        return min(held, blocks)
+
+    def _let_go(self, kept: int) -> None:
+        """Close windows that nothing is read through any more, all but the latest ``kept``."""
+        while len(self._windows) > kept:
+            self._windows.pop(0).close()
 
     def _situation(self, now: Range | None, throughput: float) -> Situation:
         others = tuple(
