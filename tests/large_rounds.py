@@ -42,6 +42,16 @@ class Large(FedAvg):
 async def one_round(line: Connection, numbers: int, part: int, piece: int) -> None:
     """Run a round over two parties, and check what it comes to."""
     engine = FlowerEngine(line, [1, 2], part=part, piece=piece)
+    with tempfile.TemporaryDirectory() as folder:
+        coordinator = coordinator_of(engine, numbers, Shelf(budget=part, folder=Path(folder)))
+        state = await coordinator.run()
+        assert coordinator.progress.rounds[0]["answers"] == 2
+        assert all(bool((tensor == 2).all()) for tensor in state.shared.values()), "1 + the mean of 1 and 1 is 2"
+        await engine.close()
+
+
+def coordinator_of(engine: FlowerEngine, numbers: int, shelf: Shelf) -> Coordinator:
+    """Return a coordinator of one round of two parties."""
     nodes = [Node(index, name, 1, 1.0, 1) for index, name in enumerate(("one", "two"))]
     made = Recipe().replace({"rounds.count": 1, "data.count": 2, "fleet.devices": "equal"})
     model = SimpleNamespace(parameters=lambda: iter([torch.empty(numbers, device="meta")]))
@@ -49,16 +59,11 @@ async def one_round(line: Connection, numbers: int, part: int, piece: int) -> No
     world.sizes = {None: numbers}
     system = Large(made)
     system.numbers = numbers
-    with tempfile.TemporaryDirectory() as folder:
-        shelf = Shelf(budget=part, folder=Path(folder))
-        coordinator = Coordinator(
-            world, system, engine, parse_pace("synchronous"), lambda event, **fields: None, shelf=shelf
-        )
-        coordinator.progress.delivered = True
-        state = await coordinator.run()
-        assert coordinator.progress.rounds[0]["answers"] == 2
-        assert all(bool((tensor == 2).all()) for tensor in state.shared.values()), "1 + the mean of 1 and 1 is 2"
-        await engine.close()
+    coordinator = Coordinator(
+        world, system, engine, parse_pace("synchronous"), lambda event, **fields: None, shelf=shelf
+    )
+    coordinator.progress.delivered = True  # the round alone is of interest
+    return coordinator
 
 
 def main(path: str) -> None:

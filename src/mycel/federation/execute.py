@@ -25,6 +25,7 @@ from mycel.engines.flower.engine import FlowerEngine
 from mycel.errors import EngineError, RunError
 from mycel.federation.member import Task, base_sha256
 from mycel.federation.reach import Reach, reach
+from mycel.federation.unanswered import run_seeing_to_first_briefs
 from mycel.fleet import load_fleet
 from mycel.models.base import find_base
 from mycel.recipe.schema import Recipe
@@ -114,7 +115,7 @@ class Federated(Execution):
             elif self.declined:
                 coordinator.progress.drops["declined"] = len(self.declined)
             self.watcher.arm("system", self.recipe.rounds.count)
-            await coordinator.run()
+            await run_seeing_to_first_briefs(coordinator, engine)
         finally:
             await engine.close()
             await asyncio.to_thread(self.hub.close)

@@ -110,6 +110,10 @@ class FlowerEngine:
         """Send a request; what a party has at home it keeps itself."""
         self._forward(Errand(request))
 
+    def progress(self, request: Request) -> int:
+        """Bytes of a request and of its answer that have crossed so far."""
+        return sum(each.sent + each.come.length for each in self._errands.values() if each.request is request)
+
     def _forward(self, errand: Errand) -> None:
         """Send the next part of a brief; the last one is the question."""
         offset, whole = errand.sent, errand.request.frame
