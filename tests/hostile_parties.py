@@ -121,7 +121,7 @@ class Thief:
     def wishes(self, message: str, run: int, part: str) -> dict[str, tuple[str, bytes]]:
         """What may be asked about party-1's message and its part."""
         own, other = self._node(self.name), self._node("party-1")
-        forged = {
+        forged: dict[str, Any] = {
             "run_id": run,
             "message_id": "f" * 64,
             "ttl": 99.0,

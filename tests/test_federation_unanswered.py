@@ -88,7 +88,8 @@ def test_a_party_that_is_at_work_is_asked_nothing_twice() -> None:
     for host in hosts:
         host.may.clear()
     with _parties(hosts) as parties:
-        threading.Timer(1.0, lambda: [host.may.set() for host in hosts]).start()
+        for host in hosts:
+            threading.Timer(1.0, host.may.set).start()
         coordinator = asyncio.run(a_round(parties, 0, pause=0.05, on_its_way=0.5))
     assert not coordinator.progress.drops
     assert coordinator.leases.meter.total("down", purpose="again") == 0
