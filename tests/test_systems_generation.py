@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from mycel.generation.pages import PagePool
 from mycel.generation.request import Request, Sampling, Token
 from mycel.generation.sampling import Sampler, pick
 from mycel.generation.scheduler import FirstComeFirstServed, Job, Policy, Step, View
-from mycel.generation.simulator import Clock, Costs, Imagined, at_rate, heavy_tailed, load_of, replay
+from mycel.generation.simulator import Clock, Costs, Imagined, at_rate, fit, heavy_tailed, load_of, replay
 from mycel.generation.speculation import Proposal, keep_probability, residual, verify
 from mycel.serve.draft_model import DraftModel
 from mycel.serve.edge_draft import EdgeDraft, Verifier
@@ -154,6 +155,19 @@ COSTS = Costs(1e-3, 1e-4, 1e-5)
 
 def view(*jobs: Job, now: float = 0.0, most: int = 1, memory: Notes | None = None) -> View:
     return View(now, jobs, 100, 16, 64, most, memory)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 3))
+def test_fitted_costs_foretell_the_time_that_was_watched_the_slowest_included(seed: int, slow: int) -> None:
+    source, true = random.Random(seed), Costs(1e-3, 5e-4, 2e-5)
+    sizes = [(rows := source.randrange(1, 9), rows + source.choice([0, 0, 40])) for _ in range(300)]
+    steps = [(true.seconds(*size), *size) for size in sizes]
+    found = fit(steps)
+    assert (found.step, found.row, found.token) == pytest.approx((1e-3, 5e-4, 2e-5), rel=1e-6)
+    steps[:slow] = [(50 * seconds, *size) for seconds, *size in steps[:slow]]
+    found = fit(steps)
+    assert sum(found.seconds(*size) for size in sizes) == pytest.approx(sum(seconds for seconds, *_ in steps))
+    assert found.row / found.step == pytest.approx(0.5, rel=1e-6)
 
 
 def test_a_long_prompt_skips_the_queues_that_it_would_not_fit() -> None:

@@ -156,12 +156,17 @@ def replay(
 
 
 def fit(steps: Sequence[tuple[float, int, int]]) -> Costs:
-    """Fit the costs to watched iterations; the slowest hundredth, when others had the machine, is left out."""
+    """Fit the costs to watched iterations.
+
+    The slowest hundredth, when others had the machine, does not bend the proportions; its time was spent all the same,
+    so that the costs foretell the sum of all that was watched.
+    """
     seconds = np.array([step[0] for step in steps])
     kept = seconds <= np.quantile(seconds, 0.99)
     design = np.array([[1.0, rows, max(0, tokens - rows)] for _, rows, tokens in steps])
     found, *_ = np.linalg.lstsq(design[kept], seconds[kept], rcond=None)
-    return Costs(*(max(0.0, float(value)) for value in found))
+    found = np.maximum(found, 0.0)
+    return Costs(*(found * (seconds.sum() / (design @ found).sum())).tolist())
 
 
 def _send(engine: Engine, arrival: Arrival, outcome: Outcome, began: float, seed: int) -> None:
