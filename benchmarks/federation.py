@@ -43,9 +43,10 @@ from mycel.recipe.schema import Recipe
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.pace import parse_pace
 from mycel.rounds.site import Site
-from mycel.rounds.system import State, group, with_role
+from mycel.rounds.system import State
 from mycel.rounds.world import Node, World
 from mycel.testing.engines import request
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Shelf
 

@@ -29,9 +29,9 @@ from mycel.guard.enclosed import EnclaveGuard, EnclaveParty
 from mycel.guard.encrypted import CkksGuard, CkksParty
 from mycel.guard.secagg.guard import SUM, MaskGuard, MaskParty
 from mycel.models.base import find_base
-from mycel.rounds.algebra import weighted_mean
 from mycel.rounds.assaults import Scene, backdoor_success
 from mycel.rounds.laboratory import Laboratory, laboratory
+from mycel.wire.algebra import weighted_mean
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -24,9 +24,9 @@ from mycel.collectives.layout import layouts
 from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
 from mycel.collectives.traffic import Traffic
+from mycel.models.footprint import Footprint
 from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
-from mycel.rounds.footprint import Footprint
 
 SHAPES = ((128, 4, 8, 64), (128, 4, 16, 64), (192, 4, 8, 128))  # hidden, blocks, rows, tokens
 STEPS = 5

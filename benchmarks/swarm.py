@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from common import arguments, show
 from mycel.cli.demo_swarm import loopback_swarm, present
-from mycel.generation.linear import quicken
 from mycel.models.cut import Cut
+from mycel.models.linear import quicken
 from mycel.models.random_llama import write_llama
 from mycel.segments.client import SwarmModel, Turn
 from mycel.segments.mesh import REDUCES, Pace

@@ -11,8 +11,8 @@ from mycel.rounds.laboratory import Laboratory, laboratory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start federations first: what takes longest must not be what begins last."""
-    items.sort(key=lambda item: not item.path.stem.endswith(("federation_processes", "guard_federation")))
+    """The file that starts federations first: what takes longest must not be what begins last."""
+    items.sort(key=lambda item: item.path.stem != "test_federation_processes")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,8 +19,9 @@ from mycel.fleet import Fleet, load_fleet, run_virtual
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.pace import parse_pace
-from mycel.rounds.system import Answer, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Outcome, State
 from mycel.rounds.world import World
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 Change = Callable[[int, Parcel], Parcel | bytes]

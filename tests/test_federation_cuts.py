@@ -18,7 +18,6 @@ pytest.importorskip("cryptography", reason="the federation extra is not installe
 from mycel.federation.keyring import Keyring
 from mycel.guard.gates import (
     ACTIVATE,
-    CONFIRM,
     DEACTIVATE,
     POLL,
     PUSH,
@@ -27,6 +26,7 @@ from mycel.guard.gates import (
     client_context,
     server_context,
 )
+from mycel.guard.handed import CONFIRM
 from mycel.guard.keys import Identity, spki
 from mycel.wire.relay import Relay
 

@@ -19,7 +19,7 @@ import large_rounds
 from large_rounds import TENSOR
 from mycel.engines.flower.engine import PART, PIECE
 from mycel.engines.line import Control, accept, listen, receive, send
-from mycel.rounds.system import with_role
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Parcel
 
 SLACK = 24 << 20  # what the allocator keeps, and a piece on its way each way

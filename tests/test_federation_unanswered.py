@@ -17,8 +17,8 @@ from mycel.engines.flower.apps import unpack
 from mycel.engines.line import Control
 from mycel.federation.unanswered import send_again
 from mycel.rounds.coordinator import Coordinator
-from mycel.rounds.system import group, with_role
 from mycel.testing.engines import Echo
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Shelf
 from test_federation_engine import Parties, _parties

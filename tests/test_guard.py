@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mycel.guard.clip import clip
-from mycel.rounds.algebra import cosine, norm
+from mycel.wire.algebra import cosine, norm
 from mycel.wire.parcel import Tensors
 
 

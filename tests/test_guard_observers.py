@@ -12,10 +12,10 @@ from torch import Tensor
 from mycel.errors import ParcelError
 from mycel.guard.attacks.inversion import read_cut
 from mycel.guard.audit import Audit, Private
-from mycel.rounds.algebra import cosine, subtract, weighted_mean
 from mycel.rounds.assaults import Scene, stage
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.observers import CURIOUS, content_length, curious_party, eavesdropper, observe, on_the_line, under_tls
+from mycel.wire.algebra import cosine, subtract, weighted_mean
 from mycel.wire.parcel import Parcel
 
 RUN: dict[str, Any] = {

@@ -27,12 +27,12 @@ from mycel.errors import RecipeError
 from mycel.federation.demo import Village
 from mycel.pretrain.proving import pretraining
 from mycel.recipe.schema import Layout, Recipe
-from mycel.rounds.algebra import norm, subtract
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
 from mycel.run.execute import run_recipe
+from mycel.wire.algebra import norm, subtract
 
 pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = {

@@ -24,10 +24,10 @@ from mycel.decisions.keeping import MIB, Knapsack, Room, Treatment, every_choice
 from mycel.decisions.planner import Plans, Task
 from mycel.errors import RecipeError, RunError
 from mycel.fleet.device import Device
+from mycel.models.optimizer import make_optimizer
 from mycel.models.sizes import SIZES
 from mycel.pretrain.activation_memory import held_by, small
 from mycel.recipe.schema import Layout, Training
-from mycel.rounds.training import make_optimizer
 from mycel.run.placing import advice
 from mycel.testing.decisions import check_decision
 

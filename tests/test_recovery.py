@@ -24,11 +24,11 @@ from mycel.collectives.membership import Line, announce, open_store
 from mycel.collectives.waiting import group_of, receive, send
 from mycel.engines.nursery import Nursery
 from mycel.errors import EngineError, ParcelError, RecipeError, RunError
+from mycel.models.optimizer import make_optimizer
 from mycel.pretrain import drill_rank
 from mycel.pretrain.drill import Outcome, drilled
 from mycel.pretrain.drill_rank import TRAINING, Drill, model_of, rows_of
 from mycel.recipe.schema import Layout
-from mycel.rounds.training import make_optimizer
 from mycel.run.enduring import check_enduring
 from small_runs import environment, mycel
 

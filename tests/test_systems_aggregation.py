@@ -14,7 +14,6 @@ from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.flexlora import product_svd
 from mycel.models.lora import Lora
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import resize_rank, weighted_mean
 from mycel.rounds.effective import aggregation_error, aggregation_errors, play_round
 from mycel.rounds.laboratory import Laboratory, laboratory
 from mycel.rounds.party import Party
@@ -22,6 +21,7 @@ from mycel.rounds.registry import load_system
 from mycel.rounds.system import State, System
 from mycel.run.execute import check_recipe
 from mycel.testing.bases import random_base
+from mycel.wire.algebra import resize_rank, weighted_mean
 from mycel.wire.parcel import Tensors
 
 SYSTEMS = ("ffa_lora", "flexlora", "flora_stacking", "flasc", "lora_a2")

@@ -10,7 +10,8 @@ from mycel.finetune.fedcybgd import FedCyBGD, cut_blocks
 from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
-from mycel.rounds.system import State, group
+from mycel.rounds.system import State
+from mycel.wire.algebra import group
 from rounds_by_hand import FULL, SMALL, Play, same
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from mycel.errors import RecipeError
 from mycel.finetune.fedmezo import deviations, differences, step_bytes
+from mycel.models.footprint import peak_bytes
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import cosine
-from mycel.rounds.footprint import peak_bytes
 from mycel.rounds.gradients import two_point
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State
+from mycel.wire.algebra import cosine
 from mycel.wire.parcel import Parcel
 from mycel.wire.randomness import direction
 from rounds_by_hand import FORWARD, SMALL, same

@@ -164,7 +164,7 @@ def test_fitted_costs_foretell_the_time_that_was_watched_the_slowest_included(se
     steps = [(true.seconds(*size), *size) for size in sizes]
     found = fit(steps)
     assert (found.step, found.row, found.token) == pytest.approx((1e-3, 5e-4, 2e-5), rel=1e-6)
-    steps[:slow] = [(50 * seconds, *size) for seconds, *size in steps[:slow]]
+    steps[:slow] = [(50 * seconds, rows, tokens) for seconds, rows, tokens in steps[:slow]]
     found = fit(steps)
     assert sum(found.seconds(*size) for size in sizes) == pytest.approx(sum(seconds for seconds, *_ in steps))
     assert found.row / found.step == pytest.approx(0.5, rel=1e-6)

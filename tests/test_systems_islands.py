@@ -18,13 +18,13 @@ from mycel.pretrain.proving import training_bytes
 from mycel.pretrain.qsdp import SHRINKS
 from mycel.pretrain.weights import advance, schedule
 from mycel.recipe.schema import Training
-from mycel.rounds.algebra import norm, subtract
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, Outcome
 from mycel.run.islands import ISLAND_ARMS, island_arm
 from mycel.testing import check_combine
 from mycel.testing.codecs import check_codec
+from mycel.wire.algebra import norm, subtract
 from mycel.wire.codecs import parse_codec
 from rounds_by_hand import Play
 from small_islands import recipe

@@ -21,14 +21,14 @@ from mycel.finetune.mira import Mira, neighbours
 from mycel.models.base import Base
 from mycel.models.trainable import Trainable
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add, norm, subtract, weighted_mean
 from mycel.rounds.checking import check_answer
 from mycel.rounds.drift import Drift, agreement
 from mycel.rounds.laboratory import Laboratory, Trail
 from mycel.rounds.party import Party
 from mycel.rounds.registry import load_system
-from mycel.rounds.system import Answer, State, group
+from mycel.rounds.system import Answer, State
 from mycel.testing import check_combine
+from mycel.wire.algebra import add, group, norm, subtract, weighted_mean
 from mycel.wire.parcel import Parcel, Tensors
 
 Vector = NDArray[np.float64]

@@ -13,11 +13,11 @@ from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.fedkseed import rebuilt_alike
 from mycel.finetune.ferret import Ferret
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import cosine, norm
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.projection import allot, flatten, partition, project, reconstruct, unflatten
 from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State
+from mycel.wire.algebra import cosine, norm
 from mycel.wire.parcel import Parcel
 from mycel.wire.randomness import direction
 from rounds_by_hand import SMALL, Play, same

@@ -13,12 +13,12 @@ from mycel.finetune.fedkseed import PLAIN, FedKSeed, rebuilt_alike, round_bytes
 from mycel.finetune.fedkseed_pro import odds_of
 from mycel.models.base import open_base
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import norm
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.replay import draws, pool_of
 from mycel.rounds.site import Job, Site
 from mycel.rounds.system import Answer, State
+from mycel.wire.algebra import norm
 from mycel.wire.parcel import Parcel
 from mycel.wire.randomness import direction
 from rounds_by_hand import FORWARD, FULL, SMALL, Play, same, threads

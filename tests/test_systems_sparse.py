@@ -16,7 +16,8 @@ from mycel.recipe.schema import Recipe
 from mycel.rounds.effective import play_round
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
-from mycel.rounds.system import Answer, Outcome, State, group
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import group
 from mycel.wire.parcel import Parcel, Tensors
 
 

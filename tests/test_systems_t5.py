@@ -18,8 +18,9 @@ from mycel.recipe.schema import Recipe
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished
-from mycel.rounds.system import Answer, State, with_role
+from mycel.rounds.system import Answer, State
 from mycel.testing.bases import HIDDEN, random_base
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Parcel
 
 RANK = 2

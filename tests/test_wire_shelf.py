@@ -14,7 +14,8 @@ from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.pieces import step_in_pieces
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Simulation
-from mycel.rounds.system import Answer, with_role
+from mycel.rounds.system import Answer
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Limits, Parcel
 from mycel.wire.shelf import Shelf
 from mycel.wire.waiting import Shelved

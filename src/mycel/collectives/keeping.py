@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mycel.errors import RunError
-from mycel.rounds.footprint import Footprint
+from mycel.models.footprint import Footprint
 
 SMALL = 1024  # bytes; a smaller tensor is not worth a file
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")

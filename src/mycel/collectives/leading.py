@@ -27,7 +27,7 @@ from mycel.errors import ModelError
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.load import check
 from mycel.recipe.schema import Recipe
-from mycel.rounds.system import group, with_role
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 

@@ -23,9 +23,9 @@ from mycel.collectives.waiting import LIMITS
 from mycel.data.stream import sample_rows
 from mycel.data.table import TokenTable
 from mycel.models.base import Base
+from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
-from mycel.rounds.training import make_optimizer
+from mycel.wire.algebra import seed_of
 from mycel.wire.parcel import Parcel, Tensors
 
 

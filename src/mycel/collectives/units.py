@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 from mycel.collectives.layout import check_family
 from mycel.collectives.saving import prime, state_of
 from mycel.errors import ParcelError
+from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Training
-from mycel.rounds.training import make_optimizer
 from mycel.wire.parcel import Tensors
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -28,9 +28,8 @@ from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.guard.enclave import Platform, Program, Visitor
 from mycel.guard.pad import PaddedLinear, Whole, product, to_ring
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import subtract
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import group
+from mycel.wire.algebra import group, subtract
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

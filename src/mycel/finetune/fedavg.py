@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from mycel.rounds.algebra import add, resize_rank, subtract, weighted_mean
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
-from mycel.rounds.system import Answer, Knobs, Outcome, State, System, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State, System
+from mycel.wire.algebra import add, group, resize_rank, subtract, weighted_mean, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -29,11 +29,12 @@ import torch
 from mycel.data.library import PRIVATE_DOMAINS, private_examples
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg
+from mycel.models.optimizer import make_optimizer
 from mycel.models.sizes import SIZES
 from mycel.models.trainable import build_trainable
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.probe import probe_all
-from mycel.rounds.training import batch_loss, make_optimizer
+from mycel.rounds.training import batch_loss
 
 if TYPE_CHECKING:
     from mycel.recipe.schema import Recipe

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mycel.finetune.fedavg import FedAvg
-from mycel.rounds.algebra import add, discount
 from mycel.rounds.laboratory import Measured, Trail
 from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import add, discount
 
 if TYPE_CHECKING:
     from mycel.rounds.laboratory import Laboratory

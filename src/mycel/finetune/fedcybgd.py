@@ -28,10 +28,10 @@ from pydantic import Field
 from mycel.errors import RecipeError
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.models.layers import transformer_blocks
-from mycel.rounds.algebra import add, seed_of, subtract
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.replay import require_one_rank
-from mycel.rounds.system import Outcome, State, group, with_role
+from mycel.rounds.system import Outcome, State
+from mycel.wire.algebra import add, group, seed_of, subtract, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -33,8 +33,9 @@ from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.rounds.gradients import two_point, walk
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.replay import ONE_ROUND, draws, pool_of, replay, require_forward_passes, require_one_rank
-from mycel.rounds.system import Answer, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Outcome, State
 from mycel.rounds.training import batch_loss
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

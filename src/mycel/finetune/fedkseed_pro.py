@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mycel.finetune.fedkseed import PLAIN, SCALARS, FedKSeed, FedKSeedKnobs
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, with_role
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

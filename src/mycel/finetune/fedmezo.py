@@ -26,13 +26,13 @@ import torch
 from pydantic import Field
 
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
-from mycel.rounds.algebra import norm, subtract, weighted_mean
-from mycel.rounds.footprint import peak_bytes
+from mycel.models.footprint import peak_bytes
 from mycel.rounds.gradients import backpropagation, two_point, walk
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.replay import require_forward_passes
 from mycel.rounds.system import Answer, Outcome, State
 from mycel.rounds.training import batch_loss
+from mycel.wire.algebra import norm, subtract, weighted_mean
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
-from mycel.rounds.algebra import add, cosine, discount, norm, scale, weighted_mean
 from mycel.rounds.laboratory import Measured, Trail
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, cosine, discount, group, norm, scale, weighted_mean, with_role
 from mycel.wire.parcel import Tensors
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import nn
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.rounds.drift import Drift
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import group
+from mycel.wire.algebra import group
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

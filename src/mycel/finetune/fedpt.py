@@ -37,13 +37,13 @@ from mycel.errors import ModelError, RecipeError
 from mycel.evaluate.metrics import Scores, held_out
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.models.base import Base, find_base, open_base
+from mycel.models.optimizer import make_optimizer
 from mycel.models.sizes import SIZES
 from mycel.models.trainable import Trainable, build_trainable
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
 from mycel.rounds.system import Outcome, State
-from mycel.rounds.training import make_optimizer
+from mycel.wire.algebra import seed_of
 
 if TYPE_CHECKING:
     from mycel.recipe.schema import Recipe

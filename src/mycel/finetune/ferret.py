@@ -30,11 +30,11 @@ from torch import Tensor
 from mycel.errors import ParcelError, RecipeError
 from mycel.finetune.fedavg import FedAvg
 from mycel.finetune.fedkseed import round_bytes
-from mycel.rounds.algebra import add, norm, subtract
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.projection import allot, flatten, partition, project, reconstruct, unflatten
 from mycel.rounds.replay import ONE_ROUND, require_one_rank
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, group, norm, subtract, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

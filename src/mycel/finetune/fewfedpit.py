@@ -28,10 +28,9 @@ from mycel.data.tokens import TokenTable
 from mycel.evaluate.metrics import generate_text
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.guard.attacks.memorisation import losses
-from mycel.rounds.algebra import add, scale, seed_of, subtract
 from mycel.rounds.assaults import canary_exposure, stage
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import group
+from mycel.wire.algebra import add, group, scale, seed_of, subtract
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

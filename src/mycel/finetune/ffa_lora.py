@@ -27,12 +27,12 @@ import torch
 
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import norm, resize_rank, seed_of, subtract
 from mycel.rounds.effective import aggregation_errors
 from mycel.rounds.factors import factors_a, factors_b, require_lora
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
-from mycel.rounds.system import State, group, with_role
+from mycel.rounds.system import State
+from mycel.wire.algebra import group, norm, resize_rank, seed_of, subtract, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

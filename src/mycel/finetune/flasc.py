@@ -33,11 +33,11 @@ from torch import Tensor
 
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add, resize_rank, scale, subtract, weighted_mean
 from mycel.rounds.checking import check_shapes
 from mycel.rounds.factors import require_lora
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, group, resize_rank, scale, subtract, weighted_mean, with_role
 from mycel.wire.codecs.topk import TopK
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import resize_rank
 from mycel.rounds.effective import aggregation_errors
 from mycel.rounds.factors import layers, require_lora
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
 from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import resize_rank
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -32,13 +32,13 @@ from mycel.errors import ParcelError
 from mycel.finetune.fedavg import FedAvg
 from mycel.models.moved import Moved
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add
 from mycel.rounds.checking import check_shapes
 from mycel.rounds.effective import aggregation_errors
 from mycel.rounds.factors import factors_b, layers, require_lora
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

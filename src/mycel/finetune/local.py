@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mycel.finetune.fedavg import FedAvg
-from mycel.rounds.algebra import add, norm, subtract, weighted_mean
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, with_role
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import add, norm, subtract, weighted_mean, with_role
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

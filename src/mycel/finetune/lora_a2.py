@@ -39,12 +39,12 @@ from torch import Tensor
 from mycel.errors import ParcelError
 from mycel.finetune.fedavg import FedAvg
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add, subtract, weighted_mean
 from mycel.rounds.effective import aggregation_errors
 from mycel.rounds.factors import factors_a, factors_b, is_a, layers, require_lora
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.party import rank_of
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, group, subtract, weighted_mean, with_role
 from mycel.wire.codecs.topk import index_type
 from mycel.wire.parcel import Parcel, Tensors
 

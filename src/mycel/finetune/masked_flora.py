@@ -23,10 +23,10 @@ from mycel.errors import RecipeError
 from mycel.finetune.flora_stacking import FloraStacking
 from mycel.finetune.masked_lora import TEN, leaves
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add, weighted_mean
 from mycel.rounds.hidden_sums import beside_plain_sums
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, group
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import add, group, weighted_mean
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from pydantic import Field
 from mycel.data.library import private_examples
 from mycel.errors import RecipeError
 from mycel.finetune.local import Local
-from mycel.rounds.algebra import add, subtract
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.system import Knobs, Outcome, State
+from mycel.wire.algebra import add, subtract
 
 if TYPE_CHECKING:
     from mycel.recipe.schema import Recipe

@@ -27,10 +27,9 @@ from mycel.data.tokens import TokenTable
 from mycel.finetune.fedavg import FedAvg, FedAvgKnobs
 from mycel.guard.attacks.memorisation import losses
 from mycel.guard.attacks.safety import HARMLESS, requests
-from mycel.rounds.algebra import seed_of, subtract
 from mycel.rounds.assaults import membership, stage
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import group
+from mycel.wire.algebra import group, seed_of, subtract
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from mycel.finetune.fedavg import FedAvg
-from mycel.rounds.algebra import add, scale, subtract
 from mycel.rounds.checking import check_shapes
 from mycel.rounds.drift import Drift
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import add, group, scale, subtract, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mycel.errors import ModelError
-from mycel.generation.linear import Factors, FewRowConv1D, FewRowLinear, Layer
 from mycel.models.adapter import read_adapter
 from mycel.models.layers import features
+from mycel.models.linear import Factors, FewRowConv1D, FewRowLinear, Layer
 from mycel.models.lora import PREFIX, UNSUPPORTED
 
 MOST_RANK = 4096

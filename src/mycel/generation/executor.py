@@ -13,8 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mycel.errors import ModelError
 from mycel.generation.attention import NAME, Paged, Span, register
-from mycel.generation.linear import Routing, quicken
 from mycel.generation.memory import Memory, Shape
+from mycel.models.linear import Routing, quicken
 
 
 @dataclass(frozen=True)

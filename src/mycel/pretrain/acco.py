@@ -25,7 +25,8 @@ from pydantic import Field
 from mycel.pretrain.synchronous import mean_gradient
 from mycel.pretrain.weights import Pretraining, PretrainKnobs, advance, gradient_on, island_batches
 from mycel.rounds.laboratory import Measured, Trail
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -21,9 +21,9 @@ from mycel.collectives.ranks import make_ranks
 from mycel.collectives.step import Trainer
 from mycel.collectives.together import together
 from mycel.decisions.keeping import MIB
+from mycel.models.footprint import Footprint
 from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
-from mycel.rounds.footprint import Footprint
 from mycel.rounds.laboratory import Measured
 
 if TYPE_CHECKING:

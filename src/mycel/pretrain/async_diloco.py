@@ -23,9 +23,9 @@ import torch
 from pydantic import Field
 
 from mycel.pretrain.diloco import DiLoCo, DiLoCoKnobs
-from mycel.rounds.algebra import add, discount, scale
 from mycel.rounds.laboratory import Measured, Trail
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, discount, group, scale, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

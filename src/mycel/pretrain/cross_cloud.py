@@ -27,10 +27,10 @@ from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
 from mycel.decisions.clouds import shared_steps
 from mycel.pretrain.diloco import DiLoCo, DiLoCoKnobs
-from mycel.rounds.algebra import scale, seed_of, weighted_mean
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Knobs, Outcome, State, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
 from mycel.rounds.training import batch_loss
+from mycel.wire.algebra import scale, seed_of, weighted_mean, with_role
 from mycel.wire.parcel import Parcel
 
 if TYPE_CHECKING:

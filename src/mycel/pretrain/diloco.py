@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 
 from mycel.pretrain.weights import Pretraining, PretrainKnobs, island_batches, train_on
-from mycel.rounds.algebra import add, scale, subtract, weighted_mean
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import add, group, scale, subtract, weighted_mean, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

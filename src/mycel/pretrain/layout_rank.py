@@ -17,9 +17,9 @@ from mycel.collectives.apply import lay_out
 from mycel.collectives.layout import layouts
 from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
+from mycel.models.footprint import Footprint
 from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout
-from mycel.rounds.footprint import Footprint
 
 ROWS, LENGTH, STEPS = 8, 64, 4
 

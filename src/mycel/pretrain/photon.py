@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from mycel.pretrain.diloco import DiLoCo, mean_change
-from mycel.rounds.algebra import cosine, norm
 from mycel.rounds.laboratory import Measured
 from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import cosine, norm
 from mycel.wire.parcel import Tensors
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mycel.pretrain.diloco import DiLoCo, DiLoCoKnobs, mean_change, nesterov
-from mycel.rounds.algebra import subtract
 from mycel.rounds.checking import check_shapes
 from mycel.rounds.laboratory import Measured, Trail
-from mycel.rounds.system import Answer, Knobs, Outcome, State, group, with_role
+from mycel.rounds.system import Answer, Knobs, Outcome, State
+from mycel.wire.algebra import group, subtract, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mycel.pretrain.weights import Pretraining, advance, gradient_on, island_batches
-from mycel.rounds.algebra import norm, subtract
 from mycel.rounds.laboratory import Measured
-from mycel.rounds.system import Answer, Outcome, State, group
+from mycel.rounds.system import Answer, Outcome, State
+from mycel.wire.algebra import group, norm, subtract
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

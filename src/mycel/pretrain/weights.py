@@ -15,10 +15,11 @@ from mycel.data.stream import stream_batches
 from mycel.data.tokens import Batch
 from mycel.errors import RecipeError
 from mycel.models.layers import weight_sites
+from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Training
-from mycel.rounds.algebra import seed_of
-from mycel.rounds.system import Knobs, State, System, group, with_role
-from mycel.rounds.training import TrainingResult, batch_loss, make_optimizer
+from mycel.rounds.system import Knobs, State, System
+from mycel.rounds.training import TrainingResult, batch_loss
+from mycel.wire.algebra import group, seed_of, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -30,12 +30,12 @@ from mycel.guard.clip import clip
 from mycel.guard.example import example_losses
 from mycel.guard.noise import noise_source, perturb
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import add, cosine, seed_of, subtract
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.laboratory import Laboratory
 from mycel.rounds.sealing import noise_of
 from mycel.rounds.simulation import Finished, Simulation
 from mycel.rounds.system import State
+from mycel.wire.algebra import add, cosine, seed_of, subtract
 from mycel.wire.parcel import Parcel, Tensors
 from mycel.wire.shelf import Frame
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from mycel.engines.engine import Arrival, Engine
 from mycel.errors import EngineError, ParcelError
-from mycel.rounds.algebra import discount
 from mycel.rounds.checking import check_answer, check_reports, check_shapes
 from mycel.rounds.guarding import Guarding
 from mycel.rounds.leases import Lease, Leases
@@ -22,8 +21,9 @@ from mycel.rounds.pieces import goes_in_pieces, step_in_pieces, waits_in_a_file
 from mycel.rounds.progress import Progress, Record
 from mycel.rounds.sealing import is_letter
 from mycel.rounds.site import limits
-from mycel.rounds.system import Answer, State, System, group
+from mycel.rounds.system import Answer, State, System
 from mycel.rounds.world import World
+from mycel.wire.algebra import discount, group
 from mycel.wire.parcel import Parcel
 from mycel.wire.shelf import Frame, Shelf
 from mycel.wire.waiting import Shelved, Waiting

@@ -11,10 +11,10 @@ from torch import Tensor
 from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenTable
 from mycel.guard.filters import Evidence, parse_filter
-from mycel.rounds.algebra import add, scale, seed_of, subtract
 from mycel.rounds.factors import factors_a, factors_b
-from mycel.rounds.system import Answer, State, System, group, with_role
+from mycel.rounds.system import Answer, State, System
 from mycel.rounds.world import World
+from mycel.wire.algebra import add, group, scale, seed_of, subtract, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 

@@ -12,7 +12,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mycel.rounds.algebra import cosine, norm
+from mycel.wire.algebra import cosine, norm
 from mycel.wire.parcel import Tensors
 
 if TYPE_CHECKING:

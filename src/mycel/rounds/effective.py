@@ -17,12 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from mycel.models.trainable import Trainable
-from mycel.rounds.algebra import norm, subtract, weighted_mean
 from mycel.rounds.party import Party
 from mycel.rounds.registry import load_system
 from mycel.rounds.system import Answer, State, System
 from mycel.rounds.training import TrainingResult
 from mycel.rounds.world import World
+from mycel.wire.algebra import norm, subtract, weighted_mean
 from mycel.wire.parcel import Parcel, Tensors
 
 

@@ -15,11 +15,11 @@ from mycel.guard.clip import clip
 from mycel.guard.contract import Guard, Opened, Post, Sealed
 from mycel.guard.hiding import coordinator_half
 from mycel.guard.noise import flat_norm, next_bound, noise_source, perturb, split_noise
-from mycel.rounds.algebra import add, scale, seed_of
 from mycel.rounds.distrust import Distrust
 from mycel.rounds.sealing import noise_of
-from mycel.rounds.system import Answer, State, System, group, with_role
+from mycel.rounds.system import Answer, State, System
 from mycel.rounds.world import World
+from mycel.wire.algebra import add, group, scale, seed_of, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors

@@ -9,11 +9,11 @@ import torch
 
 from mycel.engines.leaving import Leaving
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import scale
 from mycel.rounds.registry import load_system
 from mycel.rounds.simulation import Finished, Simulation
-from mycel.rounds.system import Answer, State, group, with_role
+from mycel.rounds.system import Answer, State
 from mycel.rounds.world import World
+from mycel.wire.algebra import group, scale, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.codecs.fixed import Fixed
 from mycel.wire.parcel import Parcel, Tensors

@@ -14,12 +14,12 @@ from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of, subtract
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.probe import probe_all
 from mycel.rounds.simulation import Finished, Simulation, Workplace, workplace
 from mycel.rounds.system import State
 from mycel.rounds.world import World
+from mycel.wire.algebra import seed_of, subtract
 from mycel.wire.parcel import Tensors
 
 STANDARD: dict[str, Any] = {

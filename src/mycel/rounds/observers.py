@@ -19,9 +19,9 @@ from typing import Any
 from mycel.engines.identity import Authority
 from mycel.errors import ParcelError
 from mycel.guard.clip import clip
-from mycel.rounds.algebra import scale, subtract
 from mycel.rounds.assaults import Scene, domain, membership, words
-from mycel.rounds.system import State, group
+from mycel.rounds.system import State
+from mycel.wire.algebra import group, scale, subtract
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel, Tensors
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mycel.data.tokens import Batch, TokenTable, batches
 from mycel.guard.example import Privacy, train_private
+from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.sealing import noise_of
-from mycel.rounds.system import with_role
-from mycel.rounds.training import Correction, TrainingResult, make_optimizer, train
+from mycel.rounds.training import Correction, TrainingResult, train
+from mycel.wire.algebra import seed_of, with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mycel.rounds.algebra import seed_of
+from mycel.wire.algebra import seed_of
 from mycel.wire.parcel import Tensors
 from mycel.wire.randomness import direction, seed_pool
 

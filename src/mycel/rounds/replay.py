@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mycel.errors import RecipeError
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.gradients import walk
+from mycel.wire.algebra import seed_of
 from mycel.wire.randomness import generator, seed_pool
 
 

@@ -13,8 +13,7 @@ from mycel.guard.contract import KIND, PartyGuard
 from mycel.guard.hiding import party_half
 from mycel.guard.noise import flat_norm, noise_source, perturb
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
-from mycel.rounds.system import group, with_role
+from mycel.wire.algebra import group, seed_of, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel, Tensors
 

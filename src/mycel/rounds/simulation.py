@@ -17,7 +17,6 @@ from mycel.engines.pool import Inline, WorkerPool
 from mycel.evaluate.metrics import Scores
 from mycel.fleet import load_fleet, run_virtual
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.coordinator import Coordinator
 from mycel.rounds.host import Sites
 from mycel.rounds.pace import parse_pace
@@ -26,6 +25,7 @@ from mycel.rounds.registry import load_system
 from mycel.rounds.site import Job
 from mycel.rounds.system import State, System
 from mycel.rounds.world import Node, World
+from mycel.wire.algebra import seed_of
 from mycel.wire.meter import Meter
 from mycel.wire.shelf import Frame, Shelf
 

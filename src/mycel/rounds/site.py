@@ -23,7 +23,8 @@ from mycel.rounds.checking import check_answer
 from mycel.rounds.party import Party
 from mycel.rounds.registry import load_system
 from mycel.rounds.sealing import Sealing, is_letter
-from mycel.rounds.system import System, group, with_role
+from mycel.rounds.system import System
+from mycel.wire.algebra import group, with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.feedback import compensate
 from mycel.wire.parcel import Limits, Parcel, Tensors

@@ -18,6 +18,7 @@ from mycel.collectives.layout import ranks_of
 from mycel.errors import RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe
+from mycel.wire.algebra import group, with_role
 from mycel.wire.parcel import Parcel, Tensors
 from mycel.wire.waiting import Loadable
 
@@ -236,14 +237,3 @@ class System:
     def step(self, state: State, outcome: Outcome) -> State:
         """How does the world move?"""
         raise NotImplementedError
-
-
-def with_role(role: str, tensors: Tensors) -> Tensors:
-    """Prefix names with the role under which they travel."""
-    return {f"{role}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def group(tensors: Tensors, role: str) -> Tensors:
-    """Return the tensors of one role, without the prefix."""
-    start = f"{role}/"
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}

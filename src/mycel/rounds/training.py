@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mycel.data.tokens import Batch
+from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Training
 from mycel.rounds.gradients import GradientSource, backpropagation, zeroth_order
 
@@ -69,15 +69,3 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 def gradient_source(training: Training) -> GradientSource:
     """Return the source that a recipe's ``training.gradient`` names."""
     return backpropagation if training.gradient == "backpropagation" else zeroth_order(training.perturbation)
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """Return the local optimiser that a recipe names."""
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters.values(),
-            lr=training.learning_rate,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-        )
-    return torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)

@@ -12,9 +12,9 @@ from mycel.fleet.device import Device, Fleet
 from mycel.models.base import Base
 from mycel.models.trainable import Trainable
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.party import Party, initial_state, rank_of
 from mycel.rounds.site import Site
+from mycel.wire.algebra import seed_of
 from mycel.wire.parcel import Tensors
 
 

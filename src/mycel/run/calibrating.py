@@ -26,8 +26,8 @@ import torch
 from mycel.decisions.cost import NOMINAL, Work, memory_of
 from mycel.decisions.graph import Graph, graph_of
 from mycel.errors import EngineError
+from mycel.models.footprint import Footprint
 from mycel.recipe.schema import Layout
-from mycel.rounds.footprint import Footprint
 
 SHAPES = ((64, 2, 4, 32), (128, 4, 8, 64), (128, 2, 16, 64), (192, 4, 8, 128), (192, 8, 2, 64))
 PASSES = 3.0  # of a block in a step: one forward, and two back

@@ -21,8 +21,9 @@ from mycel.rounds.deadline import WINDOW
 from mycel.rounds.guarding import restored
 from mycel.rounds.leases import Lease
 from mycel.rounds.progress import Progress
-from mycel.rounds.system import State, with_role
+from mycel.rounds.system import State
 from mycel.run.folder import write_file
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Parcel, Tensors
 
 

@@ -29,11 +29,11 @@ from mycel.engines.nursery import Nursery
 from mycel.errors import RecipeError
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.schema import Layout, Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.registry import load_system
 from mycel.run.folder import RunFolder, write_json
 from mycel.run.island import about, save_weights, start_weights, write_tokens
 from mycel.run.log import EventLog
+from mycel.wire.algebra import seed_of
 from mycel.wire.parcel import Parcel
 
 ALLOWED = {"data", "pipeline", "micro_batches", "checkpoint_every", "recovery"}

@@ -24,11 +24,11 @@ from mycel.errors import EngineError, RecipeError, RunError
 from mycel.models.base import Base, find_base, open_base, save_model
 from mycel.models.layers import weight_sites
 from mycel.recipe.schema import Recipe
-from mycel.rounds.algebra import seed_of
 from mycel.rounds.registry import load_system
 from mycel.run.folder import RunFolder, write_json
 from mycel.run.foretelling import foretold
 from mycel.run.log import EventLog
+from mycel.wire.algebra import seed_of
 
 TRAINED = ("synchronous",)  # systems whose steps the ranks of one island can take
 

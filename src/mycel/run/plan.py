@@ -23,8 +23,8 @@ from mycel.models.cache import base_key, cache_folder
 from mycel.models.sizes import SIZES
 from mycel.recipe.schema import Recipe
 from mycel.rounds.site import Job, Site
-from mycel.rounds.system import with_role
 from mycel.rounds.world import Node, World
+from mycel.wire.algebra import with_role
 from mycel.wire.codecs import parse_codec
 from mycel.wire.parcel import Parcel
 

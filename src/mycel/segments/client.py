@@ -21,8 +21,8 @@ from torch import Tensor
 from mycel.decisions.routing import Leg
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError, ModelError
-from mycel.generation.linear import quicken
 from mycel.models.cut import Cut
+from mycel.models.linear import quicken
 from mycel.segments.boundary import Boundary
 from mycel.segments.crossing import Crossing
 from mycel.segments.directory import Directory

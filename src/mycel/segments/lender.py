@@ -13,10 +13,10 @@ import torch
 from mycel.decisions.placement import Held, Neediest, Range, Situation
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError
-from mycel.generation.linear import quicken
 from mycel.generation.weights import Weights
 from mycel.models.anatomy import anatomy
 from mycel.models.cut import Cut, read_config
+from mycel.models.linear import quicken
 from mycel.models.shards import Shards
 from mycel.segments.client import fingerprint
 from mycel.segments.host import Host

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from mycel.rounds.system import Answer, Outcome, State, System, with_role
+from mycel.rounds.system import Answer, Outcome, State, System
 from mycel.testing.laws import law
+from mycel.wire.algebra import with_role
 from mycel.wire.parcel import Tensors
 
 TOLERANCE = 1e-5  # relative: float32 sums in another order

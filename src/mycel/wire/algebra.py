@@ -85,3 +85,14 @@ def seed_of(*parts: int | str) -> int:
     """Seed below 2^63 that depends on every part, the same on every machine."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def with_role(role: str, tensors: Tensors) -> Tensors:
+    """Prefix names with the role under which they travel."""
+    return {f"{role}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def group(tensors: Tensors, role: str) -> Tensors:
+    """Return the tensors of one role, without the prefix."""
+    start = f"{role}/"
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
