@@ -75,18 +75,31 @@ def test_a_node_that_asks_for_more_while_it_owes_an_answer_lags() -> None:
     reply = found.around(lambda control, frame: (control, frame))
     for _ in range(3):  # one message after another, each answered before the next is asked for
         found.heard(POLL)
+        found.handed()
         reply({}, b"")
         found.heard(ANSWER)
         assert not found.stopped()
     found.heard(POLL)
-    found.heard(ANSWER)  # the answer of a run that has ended, in this one's turn
+    found.handed()  # a message whose parts never come, and which is handed over again
     found.heard(POLL)
+    found.handed()
     reply({}, b"")
+    found.heard(ANSWER)
+    assert not found.stopped()
+    reply({}, b"")  # for a run that has ended in the middle of its message
     assert not found.stopped()
     found.heard(POLL)
-    assert "before it has passed on an answer" in found.stopped()
+    assert found.stopped() == "is an answer behind"
     found.started()
     assert not found.stopped()
+
+
+def test_a_node_that_answers_for_another_message_than_it_was_handed_lags() -> None:
+    found = Pulse(Clock())
+    found.heard(POLL)
+    found.handed()
+    found.heard(ANSWER)  # of a run that has ended, in this one's turn
+    assert found.stopped() == "is an answer behind"
 
 
 class Silent(Echo):

@@ -113,17 +113,20 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_would_do() -> None:
     assert Knapsack().decide(Room((ways,) * 3, 9 * MIB)) == (0, 1, 1)
 
 
+DIVIDED = {"schedule": "zbv", "chunks": 2, "pipeline": 2, "micro_batches": 2}
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"recompute": True, "activation_mib": 5.0}, "layout.recompute and layout.activation_mib both"),
-        ({"activations": ["selective"], "schedule": "zbv", "chunks": 2}, "goes back in two: try recompute"),
+        ({"activations": ["selective"], **DIVIDED}, "goes back in two: try recompute"),
         ({"activations": ["keep"] * 3}, "has 3 entries, and the model 4 blocks"),
     ],
 )
 def test_two_ways_with_the_same_activations_are_refused(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        check_layout(Layout.model_validate(given), 1, SIZES["tiny"].config(), batch_size=4, length=32)
+        check_layout(Layout.model_validate(given), given.get("pipeline", 1), SIZES["tiny"].config(), 4, 32)
 
 
 def test_what_waits_in_a_file_comes_back_or_is_refused() -> None:

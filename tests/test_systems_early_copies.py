@@ -69,7 +69,8 @@ class Early(FirstComeFirstServed):
         step = super().decide(view)
         moving = {*self.leave, *self.come}
         run = tuple((job, tokens) for job, tokens in step.run if job not in moving)
-        return Step(run, step.aside, (), None, self.leave, self.come)
+        back = tuple(job for job in step.back if job not in moving)
+        return Step(run, step.aside, back, None, self.leave, self.come)
 
 
 def test_copies_are_made_while_an_iteration_computes_and_pages_come_free_before_they_run_out() -> None:
@@ -125,20 +126,21 @@ def test_who_leaves_or_runs_in_the_middle_of_a_copy_spoils_nothing() -> None:
     executor, policy = Whole(made("Llama", seed=1)), Early()
     limits = Limits(page=4, memory=64 * 4 * executor.position_bytes, share=False)
     engine = Engine(executor, limits=limits, policy=policy)
-    slow, memory = threading.Event(), executor.memory
+    permits, memory = threading.Semaphore(0), executor.memory
     assert isinstance(memory, Memory)
     copy = memory.copy_out
-    memory.copy_out = lambda table: (slow.wait(PATIENCE), copy(table))[1]  # type: ignore[method-assign]
+    memory.copy_out = lambda table: (permits.acquire(timeout=PATIENCE), copy(table))[1]  # type: ignore[method-assign]
     found: list[list[int]] = [[], [], []]
     for index in range(3):
         engine.submit(Request(tuple(PROMPTS[index]), MOST), _collector(found[index]))
     for _ in range(4):
         engine.step()
-    policy.leave = (2, 3)
+    policy.leave = (3, 2)
     engine.step()
     policy.leave = ()
-    slow.set()
+    threading.Timer(0.2, permits.release).start()
     engine.cancel(3)
+    threading.Timer(0.2, permits.release).start()
     engine.run()  # the second runs on: its copy is void
     wanted = plain(made("Llama", seed=1), PROMPTS[:2])
     assert found[0] == wanted[0]

@@ -108,11 +108,12 @@ class Village:
 
     def end(self) -> None:
         """End every process, and wait for it."""
-        for process in self._started:
+        processes = dict.fromkeys((*self._started, *self.parties.values()))
+        for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 process.send_signal(signal.SIGTERM)
-        for process in self._started:
+        for process in processes:
             _wait(process)
 
 

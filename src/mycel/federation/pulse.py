@@ -7,7 +7,8 @@ ended before it took its message waits for an answer for ever. Its own bounds ar
 without a word of an app; a node that is silent for longer than both waits for nothing.
 
 Or it may lag: an app that works on for a run which ended answers in another run's turn, and from then on each answer
-waits for another message. A node that asks for a message while it owes an answer lags.
+waits for another message. A node lags that passes an answer on before the party has answered the message which it was
+handed last, or asks for another one while it owes an answer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Pulse:
     def started(self) -> None:
         """Take note that the node was started."""
         self._beat = self._deed = self.clock()
-        self._owes = self._lags = False
+        self._owes = self._expects = self._lags = False
 
     def heard(self, path: str) -> None:
         """Take note of a request of the node's."""
@@ -45,8 +46,12 @@ class Pulse:
             self._beat = self.clock()
             return
         self._deed = self.clock()
-        self._lags |= self._owes and path == POLL
+        self._lags |= (self._owes and path == POLL) or (self._expects and path == ANSWER)
         self._owes &= path != ANSWER
+
+    def handed(self) -> None:
+        """Take note of a message that the node was handed."""
+        self._expects = True
 
     def around(self, reply: Reply) -> Reply:
         """Return ``reply``, whose work counts as the node's: it waits for it."""
@@ -56,14 +61,15 @@ class Pulse:
             try:
                 return reply(control, frame)
             finally:
-                self._busy, self._deed, self._owes = self._busy - 1, self.clock(), True
+                self._busy, self._deed = self._busy - 1, self.clock()
+                self._owes, self._expects = True, False
 
         return counted
 
     def stopped(self) -> str:
         """Return what the node has stopped doing, or nothing."""
         if self._lags:
-            return "asks for messages before it has passed on an answer"
+            return "is an answer behind"
         now = self.clock()
         if now - self._beat > SILENT:
             return "sends no heartbeats"

@@ -58,7 +58,7 @@ class Seat:
         try:
             app = await asyncio.to_thread(launch.bundle, self.folder)
             server, client = self._contexts()
-            relay = Relay(split(self.address), PartyGate(app, self.pulse.heard), server, client)
+            relay = Relay(split(self.address), PartyGate(app, self.pulse.heard, self.pulse.handed), server, client)
             listener = await relay.start(LOOPBACK, 0)
             port = listener.sockets[0].getsockname()[1]
             self._serve()

@@ -236,10 +236,13 @@ class PartyGate(Policy):
         The one bundle that may be installed.
     heard : callable, optional
         Told the path of each request.
+    handed : callable, optional
+        Told when the node has been handed a message.
     """
 
     app: bytes
     heard: Callable[[str], None] = lambda path: None
+    handed: Callable[[], None] = lambda: None
     _told: str = ""
 
     def refuse(self, caller: Caller, head: Head) -> str:
@@ -255,6 +258,11 @@ class PartyGate(Policy):
         """Refuse an app that is not ours to the byte; little room is left for what Flower says beside it."""
         known = self.app in body and len(body) < len(self.app) + 1024
         return "" if known else "the coordinator sends an app that this version of Mycel does not know"
+
+    def passed(self, caller: Caller, head: Head, answered: int) -> None:
+        """Take note of a message."""
+        if head.path == POLL and answered:
+            self.handed()
 
     def told(self, why: str) -> None:
         """Put the coordinator's refusals down in the party's log, each until there is another."""
