@@ -200,15 +200,20 @@ def _inputs(model: nn.Module, path: str) -> Tensor:
     return kept[0].reshape(len(ids), -1)
 
 
-def domain(scene: Scene) -> float:
-    """Share of parties whose domain is told right from their first update, by updates made from held-out examples."""
+def shadowed(scene: Scene) -> list[Parcel]:
+    """Return what an attacker would answer the first brief with, from held-out examples of each domain."""
     world, system = scene.finished.world, scene.finished.system
-    shadows = []
+    answers = []
     for party in scene.parties:
         observer = world.observer()
         observer.examples = scene.table(party.held_out)
-        made = system.work(system.brief(scene.states[0], -1), observer)
-        shadows.append({name.partition("/")[2]: value for name, value in made.tensors.items()})
+        answers.append(system.work(system.brief(scene.states[0], -1), observer))
+    return answers
+
+
+def domain(scene: Scene) -> float:
+    """Share of parties whose domain is told right from their first update, by updates made from held-out examples."""
+    shadows = [{name.partition("/")[2]: value for name, value in made.tensors.items()} for made in shadowed(scene)]
     pooled = subtract(scene.states[1].shared, scene.states[0].shared)
     right = 0
     for node in range(len(scene.parties)):

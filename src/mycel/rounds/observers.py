@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ssl
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from typing import Any
 from mycel.engines.identity import Authority
 from mycel.errors import ParcelError
 from mycel.guard.clip import clip
-from mycel.rounds.assaults import Scene, domain, membership, words
+from mycel.rounds.assaults import Scene, domain, membership, shadowed, words
 from mycel.rounds.system import State
 from mycel.wire.algebra import group, scale, subtract
 from mycel.wire.codecs import parse_codec
@@ -61,7 +61,8 @@ def under_tls(scene: Scene) -> tuple[float, float]:
     found: dict[int, int] = {}
     for crossing, line in zip(answers, lines, strict=True):
         found.setdefault(crossing.node, content_length(len(line)))
-    shadows = _shadow_lengths(scene)
+    codec = parse_codec(scene.recipe.wire.codec)
+    shadows = [len(made.to_bytes(codec)) for made in shadowed(scene)]
     common = fmean(found.values()) - fmean(shadows)
     right = 0.0
     for node, length in found.items():
@@ -148,18 +149,6 @@ def _own(scene: Scene, sent: Mapping[int, Tensors], node: int, version: int) -> 
         brief = Parcel.from_bytes(list(briefs)[version].frame)
         update = group(scene.finished.system.work(brief, world.site.party(node, version)).tensors, "update")
     return clip(update, guard.clip_norm) if guard.private == "user" else update
-
-
-def _shadow_lengths(scene: Scene) -> Sequence[int]:
-    """Lengths of answers to the first brief, made from held-out examples of each domain."""
-    world, system = scene.finished.world, scene.finished.system
-    lengths = []
-    for party in scene.parties:
-        observer = world.observer()
-        observer.examples = scene.table(party.held_out)
-        made = system.work(system.brief(scene.states[0], -1), observer)
-        lengths.append(len(made.to_bytes(parse_codec(scene.recipe.wire.codec))))
-    return lengths
 
 
 def _readable(line: bytes) -> bool:
