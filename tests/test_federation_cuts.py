@@ -109,6 +109,23 @@ def test_a_message_is_delivered_until_it_is_confirmed_and_no_oftener_than_that(t
     asyncio.run(program())
 
 
+def test_a_message_is_delivered_again_to_the_node_that_it_was_for_and_outlives_refusals(tmp_path: Path) -> None:
+    waiting = [b"first", b"second"]
+
+    def answers(path: str, body: bytes) -> tuple[int, bytes]:
+        return (401, b"not its number") if body == b"another's" else (200, waiting.pop(0) if path == POLL else b"")
+
+    async def program() -> None:
+        async with gate(tmp_path, answers) as (ask, _):
+            assert await ask(POLL) == (200, b"first")
+            assert await ask(POLL, b"another's") == (401, b"not its number")
+            assert await ask(POLL) == (200, b"first")
+            await ask(CONFIRM)
+            assert await ask(POLL) == (200, b"second")
+
+    asyncio.run(program())
+
+
 def test_nothing_is_fetched_for_a_party_that_has_hung_up(tmp_path: Path) -> None:
     bring = [False]
     fetched: list[str] = []

@@ -64,6 +64,7 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
     since: int = 0
+    asked: bytes = b""
     unconfirmed: Reply | None = None
     repeats: int = 0
     stored: dict[bytes, Reply] = field(default_factory=dict)
@@ -173,19 +174,21 @@ class CoordinatorGate(Policy):
                 del stored[next(iter(stored))]
         return reply if reply.body else stored.get(digest, reply)
 
-    def kept(self, caller: Caller, head: Head) -> Reply | None:
-        """Deliver a message again whose party asks for the next without a word on it: the line was cut."""
+    def kept(self, caller: Caller, head: Head, asked: bytes) -> Reply | None:
+        """Deliver a message again whose node asks for the next without a word on it: the line was cut."""
         traffic = self._traffic(caller)
-        if head.path != POLL or traffic.unconfirmed is None or traffic.repeats >= REPEATS:
+        if head.path != POLL or asked != traffic.asked or traffic.repeats >= REPEATS:
+            return None
+        if traffic.unconfirmed is None:
             return None
         traffic.repeats += 1
         return traffic.unconfirmed
 
-    def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
-        """Keep a message until its party confirms that it came."""
+    def answering(self, caller: Caller, head: Head, asked: bytes, reply: Reply) -> None:
+        """Keep a message until its party confirms that it came; what the SuperLink refuses changes nothing."""
         traffic = self._traffic(caller)
-        if head.path == POLL and reply is not traffic.unconfirmed:
-            traffic.unconfirmed, traffic.repeats = (reply if reply.body and reply.status == 200 else None), 0
+        if head.path == POLL and reply.status == 200 and reply is not traffic.unconfirmed:
+            traffic.unconfirmed, traffic.asked, traffic.repeats = (reply if reply.body else None), asked, 0
             traffic.handed.note(reply.body)
 
     def forget(self) -> None:

@@ -55,11 +55,11 @@ class Policy:
         """Return the answer to a request, known by the hash of its path and body; it may be made again after a cut."""
         return reply
 
-    def kept(self, caller: Caller, head: Head) -> Reply | None:
-        """Return an answer that was given before and may not have arrived, or None."""
+    def kept(self, caller: Caller, head: Head, asked: bytes) -> Reply | None:
+        """Return an answer that was given to the same request before and may not have arrived, or None."""
         return None
 
-    def answering(self, caller: Caller, head: Head, reply: Reply) -> None:
+    def answering(self, caller: Caller, head: Head, asked: bytes, reply: Reply) -> None:
         """Take note of a whole answer before it is given."""
 
     def told(self, why: str) -> None:

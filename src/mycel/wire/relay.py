@@ -132,9 +132,9 @@ class Exchange:
                 return await self._pass_back(far)
             return await self._give(policy.settle(self._caller, digest.digest(), await self._whole(far)))
         asked = await self._near.whole(LOOKED_INTO)
-        reply = policy.kept(self._caller, head) or await self._insist(request, head, asked)
+        reply = policy.kept(self._caller, head, asked) or await self._insist(request, head, asked)
         await self._turn_away(502, policy.object_to(head, reply.body) if policy.inspects(head) else "")
-        policy.answering(self._caller, head, reply)
+        policy.answering(self._caller, head, asked, reply)
         return await self._give(reply)
 
     async def _examined(self, head: Head) -> bytes:
