@@ -15,7 +15,7 @@ import pytest
 
 from mycel.engines.engine import Arrival, Request
 from mycel.engines.inprocess import InProcessEngine, Labour
-from mycel.engines.pool import Inline, Reply, WorkerPool
+from mycel.engines.pool import ENDED, Inline, Reply, WorkerPool
 from mycel.errors import EngineError
 from mycel.fleet import Device, Fleet, load_fleet, run_virtual
 from mycel.testing import check_engine
@@ -252,17 +252,18 @@ def test_a_fault_in_the_work_shows_where_it_happened(pool: WorkerPool, inline: b
         run_virtual(program())
 
 
-def test_closing_a_pool_ends_work_that_is_going_on() -> None:
+def test_closing_a_pool_ends_work_that_is_going_on_and_work_that_waits() -> None:
     workers = WorkerPool(Mortal, 1)
     workers.open("arm", "")
 
-    async def program() -> None:
-        work = workers.submit("arm", 0, b"sleep", b"")
+    async def program() -> list[Reply | BaseException]:
+        work = [workers.submit("arm", node, b"sleep", b"") for node in range(3)]
         asyncio.get_running_loop().call_later(0.3, workers.close)
-        await work
+        return await asyncio.gather(*work, return_exceptions=True)
 
-    with pytest.raises(EngineError, match="ended while there was work to do"):
-        asyncio.run(program())
+    failures = asyncio.run(program())
+    assert [type(failure) for failure in failures] == [EngineError] * 3
+    assert {str(failure) for failure in failures} == {ENDED}
     workers.close()
 
 

@@ -249,6 +249,7 @@ def test_a_cut_line_is_an_error_and_not_a_wait() -> None:
     _run(program)
 
 
+PATIENT = "rounds.patience=1000"  # answers of milliseconds teach deadlines that a busy machine misses
 SMALL = ["model.base=micro", "rounds.count=4", "rounds.local_steps=1", "trainable.rank=2"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -303,7 +304,7 @@ def test_a_hostile_party_is_refused_and_counted_and_the_others_finish(
     monkeypatch.setattr(execute, "AWAY", 0.1)
     recipe = load_recipe(
         "quickstart",
-        ["data.count=3", "data.parties=iid", "data.examples=16", "data.held_out=4", "compare=[]", *SMALL],
+        ["data.count=3", "data.parties=iid", "data.examples=16", "data.held_out=4", "compare=[]", PATIENT, *SMALL],
     )
     base = find_base("micro")
     for number, party in enumerate(load_parties(recipe.data, recipe.seed)):

@@ -22,6 +22,8 @@ from typing import Protocol
 from mycel.engines.nursery import Child, Nursery
 from mycel.errors import EngineError, MycelError
 
+ENDED = "the workers were ended while there was work to do"
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -165,7 +167,7 @@ class WorkerPool:
     def _replace(self, worker: _Worker) -> _Worker:
         with self._changing:
             if self._closed:
-                raise EngineError("the workers were ended while there was work to do")
+                raise EngineError(ENDED)
             worker.child.connection.close()
             self._nursery.end(worker.child)
             fresh = _Worker(self._nursery.start())
@@ -190,7 +192,9 @@ class WorkerPool:
         for worker in self._all:
             worker.child.connection.close()
         while not self._tasks.empty():
-            self._tasks.get().reply.cancel()
+            reply = self._tasks.get().reply
+            if reply.set_running_or_notify_cancel():  # not merely cancelled: whoever waits for it would never hear of it
+                reply.set_exception(EngineError(ENDED))
 
 
 def exchange(

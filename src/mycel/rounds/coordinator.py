@@ -271,21 +271,29 @@ class Coordinator:
         self.latest = []
 
     async def _deliver(self) -> None:
-        """Hand the final state to every node; each scores it on its own held-out examples."""
-        waiting = set(range(len(self.world.nodes)))
+        """Hand the final state to every node; each scores it on its own held-out examples.
+
+        No round comes after this one: who stays silent is asked once more, with twice the time, before it goes without.
+        """
         self.leases.held.clear()
         self.guarding.release()
-        for node in sorted(waiting):
-            brief = self._brief(node)
-            self._ask(node, Parcel("deliver", {**brief.header, "evaluate": 1}, brief.tensors))
+        for node in range(len(self.world.nodes)):
+            self._hand_over(node)
+        asked_again = set[int]()
         while self.leases.held:
             arrival = await self.engine.answer(self.leases.next_deadline())
-            if arrival is None:
-                self.leases.expire()
-            else:
+            if arrival is not None:
                 self._collect(arrival)
+                continue
+            for node in sorted(set(self.leases.expire()) - asked_again):
+                asked_again.add(node)
+                self._hand_over(node)
         self.progress.delivered = True
         self.checkpoint(self)
+
+    def _hand_over(self, node: int) -> None:
+        brief = self._brief(node)
+        self._ask(node, Parcel("deliver", {**brief.header, "evaluate": 1}, brief.tensors))
 
     def _stalled(self) -> str:
         return (

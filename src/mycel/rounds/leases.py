@@ -128,13 +128,15 @@ class Leases:
         moments = [lease.deadline for lease in self.held.values() if lease.deadline is not None]
         return min((moment for moment in moments if moment > now), default=None)
 
-    def expire(self) -> None:
-        """End the leases of nodes that stayed silent past their deadline; they may be asked anew."""
-        for node, lease in list(self.held.items()):
-            if lease.deadline is not None and lease.deadline <= self.engine.now():
-                del self.held[node]
-                self.deadlines.lost(node)
-                self.drop(node, "lost", "no answer by the learnt deadline", self.engine.now())
+    def expire(self) -> list[int]:
+        """End the leases of nodes that stayed silent past their deadline and return these; they may be asked anew."""
+        now = self.engine.now()
+        silent = [node for node, lease in self.held.items() if lease.deadline is not None and lease.deadline <= now]
+        for node in silent:
+            del self.held[node]
+            self.deadlines.lost(node)
+            self.drop(node, "lost", "no answer by the learnt deadline", now)
+        return silent
 
     def drop(self, node: int, reason: str, detail: str, at: float, size: int = 0) -> None:
         """Count and log what is left out."""

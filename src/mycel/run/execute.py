@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from mycel.run.result import build_result
 from mycel.wire.codecs import parse_codec
 from mycel.wire.shelf import Shelf
 
+LOOK = 0.2  # seconds between looks whether the run was interrupted
 FORETOLD = 100  # parties up to which a run's plan is made again for its report
 
 
@@ -153,9 +155,7 @@ class Execution:
                 for arm in arms:
                     if not arm.after:
                         running[arm.name] = threads.submit(self._run_arm, arm, worlds[arm.name], place.labour)
-                done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                _wait_for_all(running.values())
             except BaseException:
                 # Leaving this block waits for every arm: end them, or a stopped run would go on to its end.
                 self.stopped.set()
@@ -212,6 +212,18 @@ class Execution:
             save_run_model(finished.world.base, trainable, temporary)
             shutil.rmtree(self.folder.model, ignore_errors=True)
             temporary.rename(self.folder.model)
+
+
+def _wait_for_all(running: Collection[Future[Finished]]) -> None:
+    """Wait until every arm has finished, or raise what the first of them failed with.
+
+    A signal may reach any thread, and only this one acts on it: so it looks up now and then.
+    """
+    waiting = set[Future[Finished]](running)
+    while waiting:
+        done, waiting = wait(waiting, LOOK, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
 
 
 def run_recipe(recipe: Recipe, out: Path, resume: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
