@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,7 @@ class Hop:
 
     def __init__(self, leg: Leg, inputs: Tensor) -> None:
         self.leg, self._kept, self._length = leg, inputs, len(inputs)
-        self.key = os.urandom(16).hex()
+        self.key = secrets.token_urlsafe(16)
         self.held = 0
 
     @property
