@@ -193,7 +193,7 @@ class WorkerPool:
             worker.child.connection.close()
         while not self._tasks.empty():
             reply = self._tasks.get().reply
-            if reply.set_running_or_notify_cancel():  # not merely cancelled: whoever waits for it would never hear of it
+            if reply.set_running_or_notify_cancel():  # a mere cancellation would never be heard of
                 reply.set_exception(EngineError(ENDED))
 
 
