@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +28,7 @@ from typing import Any, cast
 import psutil
 import torch
 
-from common import Peak, arguments, proportional_bytes, show
+from common import arguments, proportional_bytes, show
 from mycel.engines import children
 from mycel.engines.flower import launch
 from mycel.engines.flower.engine import FlowerEngine
@@ -251,13 +251,16 @@ async def one_round(address: str, size: int, folder: Path) -> None:
 def big(size: int) -> dict[str, Any]:
     """Run the large round and watch the memory of the coordinator's processes."""
     with tempfile.TemporaryDirectory() as name, federation(Path(name)) as (address, pid):
-        peak, stop = Peak(), threading.Event()
+        peak, stop = dict[str, int](), threading.Event()
 
         def watch() -> None:
+            nonlocal peak
             while not stop.wait(0.2):
                 hub = psutil.Process(pid)
-                here = [psutil.Process(), hub, *hub.children(recursive=True)]
-                peak.bytes = max(peak.bytes, sum(proportional_bytes(process.pid) for process in here))
+                now = {"run": proportional_bytes(os.getpid()), "coordinator": proportional_bytes(pid)}
+                for process in hub.children(recursive=True):
+                    now[_program(process)] = now.get(_program(process), 0) + proportional_bytes(process.pid)
+                peak = max(peak, now, key=lambda each: sum(each.values()))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -269,9 +272,16 @@ def big(size: int) -> dict[str, Any]:
     return {
         "gigabytes": size / 1e9,
         "seconds": seconds,
-        "peak_gb": peak.bytes / 1e9,
-        "times_the_update": peak.bytes / size,
+        "peak_gb": sum(peak.values()) / 1e9,
+        "times_the_update": sum(peak.values()) / size,
+        "of which": ", ".join(f"{name} {held / 1e9:.2f}" for name, held in peak.items()),
     }
+
+
+def _program(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return next(Path(word).name for word in process.cmdline() if Path(word).name.startswith("fl"))
+    return "gone"
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ def test_both_obey_the_contract_of_guards(kind: str) -> None:
 
 def test_a_run_ends_where_sums_in_the_open_do(lab: Laboratory, kind: str) -> None:
     changes = {"model.base": "micro", **SMALL, "data.count": 4, "rounds.local_steps": 1, "rounds.quorum": 0.5}
+    # Encryption's noise is drawn anew each time, and AdamW's first step is of one length however small a gradient is.
+    changes |= {"training.optimizer": "sgd", "training.learning_rate": 1.0}
     recipe = Recipe().replace({**changes, "guard.sums": kind})
 
     def leaves(node: int, message: str, version: int) -> bool:
@@ -55,7 +57,8 @@ def test_a_run_ends_where_sums_in_the_open_do(lab: Laboratory, kind: str) -> Non
         if chosen is recipe:
             assert all(all(not value.is_floating_point() for value in sent.values()) for sent in seen)
     hidden, plain = (end.state.shared for end in ends)
-    assert all(torch.allclose(value, plain[name], atol=1e-4) for name, value in hidden.items())
+    assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in hidden.items())
+    assert max(float(value.abs().max()) for name, value in plain.items() if "lora_B" in name) > 1e-3
     assert ends[0].meter.total("up", purpose="guard") > 0
 
 

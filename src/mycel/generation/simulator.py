@@ -32,6 +32,14 @@ class Costs:
         """Return what an iteration over ``rows`` requests with ``tokens`` tokens in all takes."""
         return self.step + self.row * rows + self.token * (tokens - rows)
 
+    def at_pace(self, pace: float) -> Costs:
+        """Return the costs on a machine that takes ``pace`` times as long."""
+        return Costs(pace * self.step, pace * self.row, pace * self.token)
+
+    def pace_of(self, steps: Sequence[tuple[float, int, int]]) -> float:
+        """Return how long watched iterations took, as a share of what these costs foretell for them."""
+        return sum(step[0] for step in steps) / sum(self.seconds(rows, tokens) for _, rows, tokens in steps)
+
 
 @dataclass
 class Clock:
