@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mycel.rounds.laboratory import Laboratory, laboratory
+
+settings.register_profile("busy", settings(), deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

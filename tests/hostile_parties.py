@@ -192,9 +192,12 @@ def rob(village: Village, out: Path) -> Robbed:
     while not thief.online("party-1"):
         time.sleep(0.1)
     before = len(thief.messages_of("party-1"))
+    going = go(village, out)
+    while not (out / "work" / "name").exists():  # not while libraries load: after a minute a party is taken for gone
+        assert going.process.poll() is None, going.words()
+        time.sleep(0.1)
     os.killpg(victim.pid, signal.SIGSTOP)  # so that a message for it waits
     try:
-        going = go(village, out)
         past: tuple[int, bytes] = 0, b""
         while b"describe" not in past[1]:  # until the question is there, whole
             assert going.process.poll() is None, going.words()
@@ -218,7 +221,8 @@ class Poisoner(Seat):
         about = {"name": self.name, "samples": 24, "mean_tokens": 30.0, "held_out": 100, "rank": 64}
 
         def reply(control: Control, frame: bytes) -> tuple[Control, bytes]:
-            return (about, b"") if control["verb"] == "describe" else next(answers)
+            # What a coordinator asks while its first briefs are slow to be answered uses up no poison.
+            return (about, b"") if control["verb"] in {"describe", "name"} else next(answers)
 
         self._door = listen(self._work / "line")
         threading.Thread(target=serve, args=(self._door, self.pulse.around(reply)), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 
@@ -90,6 +91,28 @@ def test_whoever_stays_silent_as_the_result_is_handed_over_is_asked_once_more(
     assert sorted(handed) == [0, 1, 1, 2, 3, 4, 4, 5]
     assert sorted(federation.coordinator.progress.scores[1]) == [0, 1, 2, 3, 5]
     assert [event["node"] for event in federation.of("drop", round=1)] == [1, 4, 4]
+
+
+def test_whoever_is_past_a_deadline_is_not_waited_for_though_nobody_noticed_as_it_passed(
+    rig: Callable[..., Rig],
+) -> None:
+    federation = rig({})
+    leases = federation.coordinator.leases
+
+    async def program() -> None:
+        federation.coordinator.progress.state = federation.system.begin(federation.coordinator.world)
+        for node in (0, 1):
+            leases.grant(node, Parcel("work", {"version": 0}, {"shared/w": torch.zeros(3)}))
+            leases.held[node].deadline = float(node)
+        assert leases.next_deadline() == 1.0  # of those that are ahead
+        await asyncio.sleep(2)
+        assert leases.overdue
+        assert leases.next_deadline() == leases.engine.now() == 2.0
+        leases.held[1].deadline = None
+        assert leases.next_deadline() is None  # nothing is known of how long it takes
+        await leases.engine.close()
+
+    run_virtual(program())
 
 
 def thin_link(node: int, answer: Parcel) -> Parcel:

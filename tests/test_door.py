@@ -46,10 +46,10 @@ class Place:
 
     def post(self, path: str, content: bytes | str, **headers: str) -> httpx.Response:
         known = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-        return httpx.post(f"{self.address}{path}", content=content, headers=known, timeout=30)
+        return httpx.post(f"{self.address}{path}", content=content, headers=known, timeout=120)
 
     def gauge(self, name: str) -> float:
-        text = httpx.get(f"{self.address}/metrics").text
+        text = httpx.get(f"{self.address}/metrics", timeout=60).text
         return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 
@@ -167,10 +167,12 @@ def test_curl_streams(place: Place) -> None:
 
 
 def test_health_and_metrics_need_no_key_and_the_rest_does(place: Place) -> None:
-    assert httpx.get(f"{place.address}/health").json()["status"] == "ok"
+    assert httpx.get(f"{place.address}/health", timeout=60).json()["status"] == "ok"
     assert place.gauge("mycel_pages") > 0
     for key in ("none", "wrong", "open-sesam", "open-sesame-", "ключ"):
-        answer = httpx.get(f"{place.address}/v1/models", headers={b"Authorization": f"Bearer {key}".encode()})
+        answer = httpx.get(
+            f"{place.address}/v1/models", headers={b"Authorization": f"Bearer {key}".encode()}, timeout=60
+        )
         assert answer.status_code == 401
         assert "key" in answer.json()["error"]["message"]
 
@@ -218,6 +220,7 @@ def test_an_empty_prompt_and_half_a_surrogate_are_answered_or_refused_but_never_
 
 def test_a_client_that_vanishes_gives_everything_back(place: Place) -> None:
     where = urlparse(place.address)
+    _until(lambda: place.gauge("mycel_unfinished_requests") == 0)
     for streams in (True, False):
         asked = {"model": "micro", "prompt": "x = ", "max_tokens": 900, "ignore_eos": True, "stream": streams}
         body = json.dumps(asked)
@@ -225,11 +228,12 @@ def test_a_client_that_vanishes_gives_everything_back(place: Place) -> None:
         sent = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
         for _ in range(4):
             with socket.create_connection((where.hostname or "", where.port or 0)) as connection:
+                begun = place.gauge("mycel_iterations")
                 connection.sendall(sent.encode())
                 if streams:
                     assert b"200 OK" in connection.recv(4096)
-                else:
-                    _until(lambda: place.gauge("mycel_unfinished_requests") > 0)
+                else:  # a count that only rises: work that is under way may have ended when one looks
+                    _until(lambda begun=begun: place.gauge("mycel_iterations") > begun)
         _until(lambda: place.gauge("mycel_unfinished_requests") == 0 and place.gauge("mycel_pages_held") == 0)
 
 
@@ -253,7 +257,7 @@ def test_more_load_than_capacity_is_told_when_to_come_back(place: Place) -> None
     _until(lambda: place.gauge("mycel_pages_held") == 0)
 
 
-def _until(holds: Any, patience: float = 20.0) -> None:
+def _until(holds: Any, patience: float = 60.0) -> None:
     ends = time.monotonic() + patience
     while not holds():
         assert time.monotonic() < ends, "it did not come about"
@@ -269,12 +273,13 @@ def test_a_remote_server_is_handed_on_to_behind_keys_of_its_own(place: Place, mo
             assert "".join(piece.choices[0].text for piece in pieces) == greedy_text(place.base, PROMPT, 12)
             with pytest.raises(openai.NotFoundError, match="not served"):
                 client.completions.create(**{**asked, "model": "none"})
+        # Eight choices: their work takes longer than a busy machine needs to see it, leave it and hear of that.
         left, content = place.gauge("mycel_cancelled_total"), {"model": "micro", "prompt": "x", "max_tokens": 900}
-        body = json.dumps({**content, "ignore_eos": True})
+        body, begun = json.dumps({**content, "n": 8, "ignore_eos": True}), place.gauge("mycel_iterations")
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
         with socket.create_connection((urlparse(address).hostname or "", urlparse(address).port or 0)) as connection:
             connection.sendall(f"{head}\r\n\r\n{body}".encode())
-            _until(lambda: place.gauge("mycel_unfinished_requests") > 0)
+            _until(lambda: place.gauge("mycel_iterations") > begun)
         _until(lambda: place.gauge("mycel_cancelled_total") > left)
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as wrong:
             wrong.models.list()
@@ -289,7 +294,7 @@ def test_ranks_read_weights_and_a_draft_guesses_behind_the_door_for_the_same_tex
             answers = list(threads.map(lambda prompt: client.completions.create(prompt=prompt, **asked), prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.choices[0].text == greedy_text(place.base, prompt, 24)
-        metrics = httpx.get(f"{address}/metrics").text
+        metrics = httpx.get(f"{address}/metrics", timeout=60).text
         steps = float(metrics.partition("\nmycel_iterations ")[2].split()[0])
         assert steps < 3 * 24 / 2, "nothing was guessed"
         for span in ("parse", "tokenise", "enter", "queue", "prefill", "decode", "detokenise", "send"):
@@ -319,7 +324,7 @@ def test_an_edge_drafts_and_the_door_verifies(place: Place) -> None:
         assert ask(drawn) == ask(drawn) != ask(Sampling(1.0, seed=12))
         free = ask(Sampling(0.8, top_p=0.9), 40)[1]  # without a seed any token may come, one that ends the text too
         assert len(free) == 40 or free[-1] in served.ends
-        assert place.gauge("mycel_pages_held") == 0
+        _until(lambda: place.gauge("mycel_pages_held") == 0)  # given back behind the last token
     finally:
         served.backend.close()
     with pytest.raises(GenerationError, match="needs a key"):

@@ -28,7 +28,7 @@ from mycel.guard.gates import (
 )
 from mycel.guard.handed import CONFIRM
 from mycel.guard.keys import Identity, spki
-from mycel.wire.relay import Relay
+from mycel.wire.relay import LOOK, Relay
 
 Answers = Callable[[str, bytes], tuple[int, bytes]]
 
@@ -63,8 +63,8 @@ class Asker:
 
 
 @asynccontextmanager
-async def gate(folder: Path, answers: Answers) -> AsyncIterator[tuple[Asker, Relay]]:
-    """Yield a party that the gate knows, and the gate."""
+async def gate(folder: Path, answers: Answers, pause: float = 0.0) -> AsyncIterator[tuple[Asker, Relay]]:
+    """Yield a party that the gate knows, and the gate; what stands behind it takes ``pause`` seconds to answer."""
     keys = folder / "keys"
     ring = Keyring.make(keys, ["127.0.0.1"], ["clinic"])
     key = Identity.load(keys / "parties" / "clinic.pem").key
@@ -76,6 +76,7 @@ async def gate(folder: Path, answers: Answers) -> AsyncIterator[tuple[Asker, Rel
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
                 status, body = answers(head.split()[1].decode(), await reader.readexactly(length))
+                await asyncio.sleep(pause)
                 writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(body)) + body)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -122,6 +123,20 @@ def test_a_message_is_delivered_again_to_the_node_that_it_was_for_and_outlives_r
             assert await ask(POLL) == (200, b"first")
             await ask(CONFIRM)
             assert await ask(POLL) == (200, b"second")
+
+    asyncio.run(program())
+
+
+def test_a_message_that_was_on_its_way_as_its_party_hung_up_is_kept_for_it(tmp_path: Path) -> None:
+    waiting = [b"first", b"second"]
+
+    async def program() -> None:
+        slow = 1.6 * LOOK  # long enough to be seen to have gone
+        async with gate(tmp_path, lambda path, _: (200, waiting.pop(0) if path == POLL else b""), slow) as (ask, relay):
+            await ask(POLL, stays=False)
+            while len(waiting) > 1 or relay.callers:
+                await asyncio.sleep(0.01)
+            assert await ask(POLL) == (200, b"first")
 
     asyncio.run(program())
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,6 +24,7 @@ import json
 import socket
 import struct
 
+import httpx
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -35,6 +37,7 @@ from mycel.engines.flower.apps import BESIDE, client, pack, server, unpack
 from mycel.engines.flower.engine import FlowerEngine
 from mycel.engines.line import LINE, Control, accept, dial, listen, place_of, receive, send, serve
 from mycel.engines.resident import PartyHost, Resident
+from mycel.errors import EngineError
 from mycel.federation import execute
 from mycel.federation.demo import write_examples
 from mycel.federation.execute import Federated
@@ -67,13 +70,15 @@ class Neighbour(Membership):
 
 
 class MemoryGrid(Grid):  # type: ignore[misc]
-    """Calls the ClientApp of the addressed node in a thread."""
+    """Calls the ClientApp of the addressed node in a thread of the node's own."""
 
     def __init__(self, contexts: dict[int, Context]) -> None:
         self._contexts, self._numbers = contexts, itertools.count(1)
         self._replies: dict[str, Message] = {}
+        self._turns = {node: ThreadPoolExecutor(1) for node in contexts}  # each carries its messages in their order
         self.carried: list[tuple[int, int]] = []
         self.crashes = 0
+        self.forgotten = False
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -93,11 +98,14 @@ class MemoryGrid(Grid):  # type: ignore[misc]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         numbers = []
+        if self.forgotten:
+            asked = httpx.Request("POST", "http://localhost/v1/runtime/push-messages")
+            raise httpx.HTTPStatusError("401", request=asked, response=httpx.Response(401, request=asked))
         for message in messages:
             number = str(next(self._numbers))
             message.metadata.__dict__["_message_id"] = number
             numbers.append(number)
-            threading.Thread(target=self._deliver, args=(number, message), daemon=True).start()
+            self._turns[message.metadata.dst_node_id].submit(self._deliver, number, message)
         return numbers
 
     def _deliver(self, number: str, message: Message) -> None:
@@ -245,6 +253,20 @@ def test_a_cut_line_is_an_error_and_not_a_wait() -> None:
         await engine.close()
         with pytest.raises(Exception, match="--resume"):
             engine.ask(request(engine, 0, 2, b"two"))
+
+    _run(program)
+
+
+def test_a_superlink_that_knows_nothing_of_the_run_any_more_ends_it_and_no_partys_part_in_it() -> None:
+    async def program(parties: Parties) -> None:
+        engine = parties.engine()
+        await _ask(engine, b"one")
+        assert parties.grid is not None
+        parties.grid.forgotten = True
+        engine.ask(request(engine, 0, 2, b"two"))
+        with pytest.raises(EngineError, match="--resume"):
+            await engine.answer(engine.now() + 60)
+        await engine.close()
 
     _run(program)
 

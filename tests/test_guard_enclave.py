@@ -158,10 +158,11 @@ def test_what_the_other_process_sees_says_nothing_of_the_input() -> None:
     layer.prepare(400)
     layer(inputs)
     padded = seen[0].view(np.int64) / 2.0**63
-    assert abs(float(np.corrcoef(padded.ravel(), inputs.ravel())[0, 1])) < 0.05
+    # Pads are drawn anew each time: these bounds lie six standard deviations away.
+    assert abs(float(np.corrcoef(padded.ravel(), inputs.ravel())[0, 1])) < 0.08
     hits = {}
     for name, rows in (("open", inputs), ("padded", padded)):
         fit, *_ = np.linalg.lstsq(np.c_[rows[:200], np.ones(200)], 2.0 * labels[:200] - 1, rcond=None)
         hits[name] = float(((np.c_[rows[200:], np.ones(200)] @ fit > 0) == labels[200:]).mean())
     assert hits["open"] > 0.95
-    assert abs(hits["padded"] - 0.5) < 0.15
+    assert abs(hits["padded"] - 0.5) < 0.22

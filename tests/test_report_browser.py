@@ -46,7 +46,7 @@ def test_a_browser_shows_the_pages_whole_and_silent(pages: list[Path], scheme: A
     switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     switches += ["--disable-sync", "--no-first-run"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=switches)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=switches, timeout=120_000)
         try:
             for path in pages:
                 for width in (390, 1280):
@@ -57,6 +57,7 @@ def test_a_browser_shows_the_pages_whole_and_silent(pages: list[Path], scheme: A
 
 def _visit(browser: Any, path: Path, width: int, scheme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
     complaints: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))

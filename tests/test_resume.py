@@ -214,8 +214,9 @@ def test_a_run_with_all_its_arms_resumes_from_any_of_them(tmp_path: Path) -> Non
 
 @contextmanager
 def killed_after(lines: int, folder: Path, *words: str | Path) -> Iterator[None]:
-    """Start ``mycel``, run the block while it lives, and kill it once its log has so many lines."""
+    """Start ``mycel``, run the block while it lives, and kill it once its log has so many lines, of its own too."""
     events, log = folder / "run" / "events.jsonl", folder / "stderr.txt"
+    lines = max(lines, 1 + (events.read_bytes().count(b"\n") if events.exists() else 0))
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             command(*words), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr
@@ -234,8 +235,8 @@ def killed_after(lines: int, folder: Path, *words: str | Path) -> Iterator[None]
 @pytest.mark.parametrize(
     ("changes", "kills"),
     [
-        ({"engine.workers": 2, "rounds.count": 5, "compare": ["local"]}, (1, 14)),
-        ({"engine.workers": 2, "rounds.count": 9, "rounds.pace": "buffered(2)", **FEEDBACK}, (20,)),
+        ({"engine.workers": 2, "rounds.count": 20, "compare": ["local"]}, (1, 14)),
+        ({"engine.workers": 2, "rounds.count": 40, "rounds.pace": "buffered(2)", **FEEDBACK}, (20,)),
     ],
 )
 def test_killed_for_real_and_resumed_it_ends_the_same(

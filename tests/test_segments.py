@@ -146,7 +146,7 @@ class _Liar(Host):
 @pytest.mark.parametrize("how", ["shape", "nan", "garbage", "slow", "lost"])
 def test_peers_that_lie_or_dawdle_are_replaced(folder: Path, how: str) -> None:
     async def check() -> None:
-        async with bench(folder, [(0, 2)]) as made:
+        async with bench(folder, [(0, 2)], patience=5.0) as made:
             liar = await made.lend("liar", 2, 4, type(f"Liar{how}", (_Liar,), {"how": how}))
             task = asyncio.create_task(together(made.model, PROMPTS, COUNT))
             while liar.calls < 3:  # type: ignore[attr-defined]

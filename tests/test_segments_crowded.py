@@ -117,7 +117,7 @@ def test_a_session_that_ends_while_others_are_computed_costs_them_nothing(folder
 
 def test_owners_that_only_look_forward_do_not_close_a_peer_to_training(folder: Path) -> None:
     async def check() -> None:
-        async with bench(folder, [(0, 4)], patience=0.5) as made:
+        async with bench(folder, [(0, 4)]) as made:
             states = torch.randn(1, 2, made.model.width, generator=torch.Generator().manual_seed(0))
             for _ in range(MOST_PENDING + 4):
                 await Chain(made.model).forward(states)

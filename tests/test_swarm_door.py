@@ -49,7 +49,7 @@ class Hosted:
 
     def ask(self, prompt: str, most: int = TOKENS) -> httpx.Response:
         body = {"model": "micro", "prompt": prompt, "max_tokens": most, "temperature": 0}
-        return httpx.post(f"{self.address}/v1/completions", json=body, timeout=30)
+        return httpx.post(f"{self.address}/v1/completions", json=body, timeout=120)
 
     def says_what_the_whole_model_says(self) -> None:
         for prompt in PROMPTS:
@@ -77,14 +77,16 @@ def hosted(
 def test_a_peer_killed_in_the_middle_of_a_streamed_answer_is_not_noticed_and_is_reported(
     base: Base, tmp_path: Path
 ) -> None:
-    with hosted(base, [(0, 1), (1, 2), (0, 2)], log=tmp_path) as door:
+    # Answers of milliseconds teach deadlines that a busy machine misses; who is killed is missed at once all the same.
+    with hosted(base, [(0, 1), (1, 2), (0, 2)], patience=1e4, log=tmp_path) as door:
         body = {"model": "micro", "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0, "stream": True}
         said = []
-        with httpx.stream("POST", f"{door.address}/v1/completions", json=body, timeout=30) as answer:
+        victim = ""
+        with httpx.stream("POST", f"{door.address}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     said.append(json.loads(line[6:])["choices"][0]["text"])
-                if len(said) == 8:
+                if len(said) == 8 and not victim:  # there are lines between the tokens, too
                     (session,) = door.service.engine.executor.sessions.values()  # type: ignore[attr-defined]
                     victim = session.hops[0].leg.peer
                     door.service.hall.loop.call_soon_threadsafe(door.swarm.member(victim).kill)
@@ -115,6 +117,7 @@ def test_a_missing_block_is_named_after_patience_and_served_when_it_comes(base: 
         answer = door.ask(PROMPTS[0])
         assert answer.status_code == 503
         assert "no peer of the swarm holds block 1" in answer.json()["error"]["message"]
+        door.service.hall.model.patience = 60.0  # a busy machine may be late twice in a row
         door.on_loop(door.swarm.lend("late", 0, 2))
         door.says_what_the_whole_model_says()
 

@@ -27,6 +27,7 @@ RECIPE = [
     "rounds.local_steps=2",
     "trainable.rank=64",  # adapters of 0.6 MB, beside which what Flower adds to a message is small
 ]
+PATIENT = "rounds.patience=10"  # where nobody is to be found silent, however busy the machine gets
 Events = list[dict[str, Any]]
 
 
@@ -102,6 +103,16 @@ def rounds(events: Events) -> int:
 def in_the_middle_of(number: int) -> Callable[[Events], bool]:
     """Whether a round has begun and is not over; answers may come all at once, so not even one is waited for."""
     return lambda events: rounds(events) == number - 1 and bool(events) and events[-1]["event"] in {"ask", "answer"}
+
+
+def answered(events: Events) -> list[tuple[int, int]]:
+    """Return round and node of each answer that was taken."""
+    return [(event["round"], event["node"]) for event in events if event["event"] == "answer"]
+
+
+def lost(node: int) -> Callable[[Events], bool]:
+    """Whether a node stayed silent."""
+    return lambda events: any(event.get("reason") == "lost" and event["node"] == node for event in events)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mycel.errors import EngineError
 if TYPE_CHECKING:
     from mycel.collectives.leading import Leader
 
+GRACE = 1.0  # seconds for a rank's death to be seen after rank 0 failed of it
 ATTEMPTS = 2  # at one brief; after that the answer is lost, as any party's may be
 
 
@@ -92,7 +93,13 @@ class RankProcesses:
             if any(connection is not first for connection in wait([first, *others])):
                 raise EOFError
 
-        reply = exchange(first, arm, told, node, frame, home, answered)
+        try:
+            reply = exchange(first, arm, told, node, frame, home, answered)
+        except EngineError as error:
+            # A killed rank's neighbours hear of it first: the kernel closes what was opened last before the pipe.
+            if others and wait(others, GRACE):
+                raise EOFError from error
+            raise
         self._opened.add(arm)
         return reply
 

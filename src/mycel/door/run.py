@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,12 +71,19 @@ def listen(app: ASGIApp, host: str, port: int, ready: Callable[[str], None] | No
         sentence = f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port"
         raise EngineError(sentence) from error
     listener.listen(1024)
+    if threading.current_thread() is threading.main_thread():
+        # The server raises again what ended it: by default that is the end of the process, with nothing closed.
+        signal.signal(signal.SIGTERM, _leave)
     if ready is not None:
         ready(f"http://{host}:{listener.getsockname()[1]}")
     try:
         uvicorn.Server(configured(app)).run(sockets=[listener])
     finally:
         listener.close()
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def configured(app: ASGIApp) -> uvicorn.Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-LIBC = ctypes.CDLL(None)  # opened before any fork: another thread may hold the loader's lock at that moment
+RESERVE = 12_000  # ports below those that the kernel hands out
+PRCTL = ctypes.CDLL(None).prctl  # looked up before any fork: another thread may hold the loader's lock then
 
 
 def start(
@@ -34,12 +36,12 @@ def start(
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel signal this process once its parent has ended, however it ended."""
-    LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
+    PRCTL(1, number)  # PR_SET_PDEATHSIG
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a program and whatever it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end(process: subprocess.Popen[bytes], leaves: bool = True) -> None:
+    """End a program and whatever it started; it may take its leave first, or may not."""
+    for number in (signal.SIGTERM, signal.SIGKILL) if leaves else (signal.SIGKILL,):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         try:
@@ -51,7 +53,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody uses now."""
+    """Return a port of the loopback that nobody uses now, and the kernel hands to nobody who asks for any."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    below = range(max(lowest - RESERVE, 1024), lowest)
+    for port in random.SystemRandom().sample(below, min(64, len(below))):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -109,7 +109,8 @@ class Seat:
             while self._node.poll() is None and not why:
                 await asyncio.sleep(0.2)
                 why = self.pulse.stopped()
-            await asyncio.to_thread(children.end, self._node)
+            # One that lags takes no leave: what is sent to it meanwhile would come back, and its party count as gone.
+            await asyncio.to_thread(children.end, self._node, not why)
             lasted = asyncio.get_running_loop().time() - began
             pause = SOONEST if lasted > LATEST else min(2 * pause, LATEST)
             logger.warning("the node %s: it is started again in %.0f seconds", why or "has ended", pause)

@@ -100,7 +100,7 @@ class Coordinator:
             self._collect(arrival)
         if self.pace.ready(self._view()):
             await self._combine()
-        elif self.leases.overdue or (arrival is None and self.pace.keeps):
+        elif arrival is None and (self.leases.overdue or self.pace.keeps):  # what has come meanwhile is taken first
             self.leases.expire()
 
     def _view(self) -> View:

@@ -123,10 +123,11 @@ class Leases:
         )
 
     def next_deadline(self) -> float | None:
-        """When the next lease comes to its deadline; None if none has one ahead."""
+        """When the next lease comes to its deadline: now, if all have; None if one without a deadline is waited for."""
         now = self.engine.now()
         moments = [lease.deadline for lease in self.held.values() if lease.deadline is not None]
-        return min((moment for moment in moments if moment > now), default=None)
+        waits = len(moments) < len(self.held) or not moments
+        return min((moment for moment in moments if moment > now), default=None if waits else now)
 
     def expire(self) -> list[int]:
         """End the leases of nodes that stayed silent past their deadline and return these; they may be asked anew."""

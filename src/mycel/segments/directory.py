@@ -86,8 +86,10 @@ class Directory:
             left = until - loop.time()
             if left <= 0:
                 raise EngineError(f"{fault} (waited {patience:g} s)") from fault
+            now = loop.time()
+            bans = [known.banned_until - now for known in self.known.values() if known.banned_until > now]
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left, 0.5))
+                await asyncio.wait_for(self._changed.wait(), min([left, 0.5, *bans]))
 
     def late(self, peer: str, waited: float, patience: float) -> None:
         """Take note that a peer did not answer within ``waited`` seconds, or left."""

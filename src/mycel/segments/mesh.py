@@ -62,17 +62,26 @@ class Mesh:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
-    def connect(cls, rank: int, ports: Sequence[int], secret: str, pace: Pace | None = None) -> Mesh:
-        """Connect to every other rank on loopback; a caller who does not know the secret is turned away."""
+    def connect(
+        cls, rank: int, server: socket.socket, ports: Sequence[int], secret: str, pace: Pace | None = None
+    ) -> Mesh:
+        """Connect to every other rank on loopback; a caller who does not know the secret is turned away.
+
+        ``server`` listens at this rank's port; it is closed.
+        """
         links: dict[int, socket.socket] = {}
-        with socket.create_server(("127.0.0.1", ports[rank])) as server:
+        with server:
             server.settimeout(60)
             for other in range(rank):
                 links[other] = _dial(ports[other], rank, secret)
             while len(links) < len(ports) - 1:
                 link, _ = server.accept()
                 link.settimeout(5)
-                greeting = _exactly(link, len(secret) + 4)
+                try:
+                    greeting = _exactly(link, len(secret) + 4)
+                except OSError:  # a stranger who says nothing, or goes
+                    link.close()
+                    continue
                 other = int.from_bytes(greeting[:4], "little")
                 if secrets.compare_digest(greeting[4:], secret.encode()) and rank < other < len(ports):
                     link.settimeout(None)
@@ -184,13 +193,9 @@ class Ring(Reduce):
 REDUCES: dict[str, type[Reduce]] = {"star": Star, "ring": Ring}
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that are free now."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+def listening(count: int) -> list[socket.socket]:
+    """Return sockets that listen on loopback: a port that was only found free may be another's when it is needed."""
+    return [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
 
 
 def _dial(port: int, rank: int, secret: str) -> socket.socket:

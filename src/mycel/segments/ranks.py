@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import secrets
+import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import DynamicCache
 
 from mycel.errors import EngineError
 from mycel.models.cut import Cut
-from mycel.segments.mesh import REDUCES, Mesh, Pace, Reduce, free_ports
+from mycel.segments.mesh import REDUCES, Mesh, Pace, Reduce, listening
 from mycel.segments.tensor_parallel import Sharded
 from mycel.segments.window import Window
 
@@ -179,16 +180,18 @@ def ranks_of(group: Group, head: type[Head], hand: type[Worker]) -> Iterator[Hea
     head, hand : type
         What the master and the workers are.
     """
-    context, ports, secret = workers_context(), free_ports(len(group.weights)), secrets.token_hex(16)
+    context, servers, secret = workers_context(), listening(len(group.weights)), secrets.token_hex(16)
+    ports = [server.getsockname()[1] for server in servers]
     processes: list[Any] = [
-        context.Process(target=_worker, args=(hand, group, rank, ports, secret), daemon=True)
-        for rank in range(1, len(group.weights))
+        context.Process(target=_worker, args=(hand, group, rank, server, ports, secret), daemon=True)
+        for rank, server in enumerate(servers[1:], 1)
     ]
-    for process in processes:
+    for process, server in zip(processes, servers[1:], strict=True):
         process.start()
+        server.close()  # the worker has it
     mesh = None
     try:
-        mesh = Mesh.connect(0, ports, secret, group.pace)
+        mesh = Mesh.connect(0, servers[0], ports, secret, group.pace)
         master = head(group, mesh)
         try:
             yield master
@@ -213,8 +216,10 @@ def workers_context() -> ForkServerContext:
     return context
 
 
-def _worker(hand: type[Worker], group: Group, rank: int, ports: Sequence[int], secret: str) -> None:
-    mesh = Mesh.connect(rank, ports, secret, group.pace)
+def _worker(
+    hand: type[Worker], group: Group, rank: int, server: socket.socket, ports: Sequence[int], secret: str
+) -> None:
+    mesh = Mesh.connect(rank, server, ports, secret, group.pace)
     worker = hand(group, mesh)
     try:
         worker.work()

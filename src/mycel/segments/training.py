@@ -57,7 +57,7 @@ class Chain:
             try:
                 gradient_BTD = await self._ask("backward", stage, gradient_BTD, "gradient")
             except (PeerLost, PeerRefused, ParcelError) as error:
-                self._blame(stage.leg.peer, error, asyncio.get_running_loop().time() - began)
+                self._blame("backward", stage.leg.peer, error, asyncio.get_running_loop().time() - began)
                 # Whoever takes the place computes the lost forward again from what entered here.
                 for leg in await self._others(stage.leg):
                     stage.entered = await self._through(leg, stage.entered)
@@ -75,7 +75,7 @@ class Chain:
                 attempts += 1
                 if attempts > MOST_ATTEMPTS:
                     raise EngineError(f"{attempts} peers failed in one pass, last: {error}") from error
-                self._blame(stage.leg.peer, error, asyncio.get_running_loop().time() - began)
+                self._blame("forward", stage.leg.peer, error, asyncio.get_running_loop().time() - began)
                 waiting = [*await self._others(stage.leg), *waiting]
         return hidden_BTD
 
@@ -90,13 +90,15 @@ class Chain:
         found = await model.peers.call(leg.peer, verb, frame, known.allowance(work, model.patience))
         state = sound(Boundary.unpack(found, (answer,)), answer, tuple(tensor.shape))
         known.learn(work, loop.time() - started)
+        model.directory.known[leg.peer].strikes = 0  # bans grow while it fails in a row
         return state
 
     async def _others(self, leg: Leg) -> tuple[Leg, ...]:
         return await self.model.directory.route(leg.first, leg.last, self.model.patience, avoid=leg.peer)
 
-    def _blame(self, peer: str, error: Exception, waited: float) -> None:
+    def _blame(self, verb: str, peer: str, error: Exception, waited: float) -> None:
         if isinstance(error, ParcelError):
             self.model.directory.lied(peer, self.model.patience)
         else:
+            self.model.directory.training[peer, verb].late(0.0, waited, self.model.patience)  # for its next deadline
             self.model.directory.late(peer, waited, self.model.patience)

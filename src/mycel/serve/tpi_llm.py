@@ -25,7 +25,7 @@ import torch
 from mycel.models.cut import Cut
 from mycel.models.random_llama import write_llama
 from mycel.rounds.laboratory import Laboratory, Measured
-from mycel.segments.mesh import REDUCES, Mesh, Pace, free_ports
+from mycel.segments.mesh import REDUCES, Mesh, Pace, listening
 from mycel.segments.ranks import Group, ranks
 
 PROMPT, TOKENS = [7, 99, 12, 5, 300], 12
@@ -65,11 +65,12 @@ def claim(lab: Laboratory) -> Measured:
 
 def add_up(name: str, pace: Pace, numbers: int, times: int = 3) -> float:
     """Return the seconds of one sum of ``numbers`` over four ranks whose links have a pace; the best of a few."""
-    ports, best = free_ports(SIZE), [float("inf")]
+    servers, best = listening(SIZE), [float("inf")]
+    ports = [server.getsockname()[1] for server in servers]
     start = threading.Barrier(SIZE, timeout=30)
 
     def work(rank: int) -> None:
-        mesh = Mesh.connect(rank, ports, "between threads", pace)
+        mesh = Mesh.connect(rank, servers[rank], ports, "between threads", pace)
         try:
             reduce = REDUCES[name](mesh)
             for _ in range(times):

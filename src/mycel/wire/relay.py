@@ -178,7 +178,7 @@ class Exchange:
         return far
 
     async def _whole(self, far: Side) -> Reply:
-        response = await self._response(far)
+        response = await far.response()  # also for one who has hung up: a message that was handed over is kept for it
         reply = Reply(response.status_code, response.headers, await far.whole(LOOKED_INTO))
         self._ready(far)
         return reply

@@ -17,12 +17,14 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from httpx import HTTPStatusError
 
-from mycel.engines.line import LINE, Control, dial, place_of, receive, send
+from mycel.engines.line import LINE, Control, dial, hang_up, place_of, receive, send
 
 PATIENT = 0.05  # share of the time waited so far that may pass before asking the SuperLink again
 SOONEST, LATEST = 0.05, 1.0  # seconds between two such questions
 BESIDE = 1 << 20  # bytes that travel in the record of the JSON
+UNKNOWN = 401  # what a SuperLink that was started again says to a run that it knows nothing of
 UNREACHABLE = 5  # Flower's code for a node that sends no heartbeats
 
 client, server = ClientApp(), ServerApp()
@@ -91,6 +93,12 @@ class Post:
                 self._say({"tag": tag, "said": said}, content)
             elif reply is not None:
                 self._say({"tag": tag, "error": reply.error.reason})
+        except HTTPStatusError as error:
+            if error.response.status_code == UNKNOWN:  # no round may be made of what came before
+                self.ended.set()
+                hang_up(self._line)
+            else:
+                self._say({"tag": tag, "error": f"{type(error).__name__}: {error}"})
         except Exception as error:  # whatever Flower meets, the coordinator must hear of it
             self._say({"tag": tag, "error": f"{type(error).__name__}: {error}"})
 

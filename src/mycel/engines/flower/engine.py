@@ -196,10 +196,13 @@ class FlowerEngine:
     async def answer(self, until: float | None) -> Arrival | None:
         """Return the next answer, in the order of arrival."""
         seconds = None if until is None else max(until - self.now(), 0.0)
-        try:
-            arrival = await asyncio.wait_for(self._arrived.get(), seconds)
-        except TimeoutError:
-            return None
+        if self._arrived.empty():  # a wait of no seconds would not even look
+            try:
+                arrival = await asyncio.wait_for(self._arrived.get(), seconds)
+            except TimeoutError:
+                return None
+        else:
+            arrival = self._arrived.get_nowait()
         if isinstance(arrival, EngineError):
             raise arrival
         return arrival
