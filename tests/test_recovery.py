@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import TCPStore
 
 from mycel.collectives import membership, waiting
 from mycel.collectives.copies import DiskCopies, MemoryCopies
@@ -161,6 +162,27 @@ def test_a_rank_that_was_taken_for_dead_is_fenced_off() -> None:
     announce(store, 1, [0], [])
     with pytest.raises(EngineError, match="without rank 1"):
         line.join()
+
+
+class Interrupted:
+    """A launcher's store as members see it whose launcher comes no further than its first word."""
+
+    def __init__(self, store: TCPStore) -> None:
+        self.store, self.said = store, 0
+
+    def set(self, key: str, value: str) -> None:
+        self.said += 1
+        if self.said == 1:
+            self.store.set(key, value)
+
+
+@pytest.mark.timeout(30)
+def test_an_epoch_is_announced_whole_or_not_at_all() -> None:
+    store = open_store()
+    announce(store, 0, [0, 1], [0, 1])
+    announce(Interrupted(store), 1, [0], [])  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="epoch 1 goes on without rank 1"):
+        Line(store.port, 1, epoch=0).join()
 
 
 def test_a_unit_on_disk_is_whole_or_not_there(tmp_path: Path) -> None:

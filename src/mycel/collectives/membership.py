@@ -31,9 +31,11 @@ def open_store(port: int = 0, host: str = HOST) -> TCPStore:
 
 
 def announce(store: TCPStore, epoch: int, members: Sequence[int], fresh: Sequence[int]) -> None:
-    """Say who belongs to an epoch; ``fresh`` are those that bring nothing along."""
+    """Say who belongs to an epoch; ``fresh`` are those that bring nothing along.
+
+    In one write: of two, a member could see the first alone and meet nobody under the epoch before.
+    """
     store.set(f"epoch/{epoch}", json.dumps({"members": list(members), "fresh": list(fresh)}))
-    store.set("newest", str(epoch))
 
 
 def release(store: TCPStore, epoch: int) -> None:
@@ -114,13 +116,12 @@ class Line:
             time.sleep(PAUSE)
 
     def _read(self) -> None:
-        newest = int(self._store.get("newest"))
-        for epoch in range(len(self.epochs), newest + 1):
-            content = json.loads(self._store.get(f"epoch/{epoch}"))
+        while self._store.check([f"epoch/{len(self.epochs)}"]):
+            content = json.loads(self._store.get(f"epoch/{len(self.epochs)}"))
             self.epochs.append([int(member) for member in content["members"]])
-        self.epoch = newest
+        self.epoch = len(self.epochs) - 1
         if self.member not in self.members:
-            raise EngineError(f"epoch {newest} goes on without rank {self.member}: it was taken for dead")
+            raise EngineError(f"epoch {self.epoch} goes on without rank {self.member}: it was taken for dead")
 
     def _met(self, sign: str) -> bool:
         """Wait until every member has given a sign; False when a newer epoch is announced before."""
