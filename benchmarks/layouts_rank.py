@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.collectives.apply import lay_out
-from mycel.collectives.layout import layouts
 from mycel.collectives.ranks import make_ranks, process_group
 from mycel.collectives.step import Trainer
 from mycel.collectives.traffic import Traffic
+from mycel.decisions.layout import layouts
 from mycel.models.footprint import Footprint
 from mycel.models.random_llama import llama_config
 from mycel.recipe.schema import Layout

@@ -21,9 +21,9 @@ from scipy.optimize import least_squares
 from common import arguments, show
 from layouts import named, run_all
 from layouts_rank import config
-from mycel.collectives.layout import stage_blocks
 from mycel.decisions.cost import Coefficients, Predicted, Work, predict
 from mycel.decisions.graph import graph_of
+from mycel.decisions.layout import stage_blocks
 from mycel.fleet.device import Device, Link
 from mycel.recipe.schema import Layout
 

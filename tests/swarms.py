@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mycel.engines.peers_memory import MemoryPeers, MemorySwarm
-from mycel.generation.weights import Weights
 from mycel.models.cut import Cut
 from mycel.segments.client import SwarmModel, fingerprint
 from mycel.segments.host import Host
 from mycel.segments.segment import Segment
+from mycel.segments.weights import Weights
 from mycel.segments.window import Window
 
 

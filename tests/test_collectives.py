@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mycel.collectives.layout import FAMILIES, check_layout, stage_blocks
 from mycel.collectives.units import Chain
+from mycel.decisions.layout import FAMILIES, check_layout, stage_blocks
 from mycel.errors import ModelError, RecipeError
 from mycel.models.sizes import SIZES
 from mycel.recipe.schema import Layout, Training

@@ -30,8 +30,10 @@ from mycel.generation.request import Request, Token
 from mycel.generation.scheduler import FirstComeFirstServed, Policy, Step, View, fill
 from mycel.generation.sharing import by_speed, shares_of
 from mycel.generation.tensor_parallel import pack_plan, read_plan
-from mycel.generation.weights import Weights, open_executor
+from mycel.generation.weights import open_executor
+from mycel.models.linear import quicken, rounded_rows
 from mycel.segments.executor import Pipeline
+from mycel.segments.weights import Weights
 from mycel.serve.prompt_lookup import PromptLookup
 from swarms import bench
 
@@ -267,3 +269,22 @@ def test_ranks_share_heads_by_speed_or_as_asked(parts: Parts) -> None:
 def test_weights_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(GenerationError, match="--weights"):
         Weights.parse(text)
+
+
+@given(rows=st.integers(1, 300), shaped=st.booleans(), biased=st.booleans())
+def test_quick_layers_compute_what_layers_compute_for_any_number_of_rows(rows: int, shaped: bool, biased: bool) -> None:
+    torch.manual_seed(rows)
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=biased))
+    x = torch.randn((1, rows, 48) if shaped else (rows, 48))
+    with torch.inference_mode():
+        plain = layer(x)
+        quicken(layer)
+        found = layer(x)
+    assert found.shape == plain.shape
+    assert torch.allclose(found, plain, atol=1e-5)
+
+
+def test_few_numbers_of_rows_are_computed_and_none_far_beyond_what_is_asked() -> None:
+    rounded = {rows: rounded_rows(rows) for rows in range(1, 1025)}
+    assert all(rows <= more <= 1.25 * rows for rows, more in rounded.items())
+    assert len(set(rounded.values())) == 36

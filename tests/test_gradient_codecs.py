@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mycel.collectives.layout import check_layout
+from mycel.decisions.layout import check_layout
 from mycel.errors import RecipeError
 from mycel.models.sizes import SIZES
 from mycel.recipe.schema import Layout

@@ -13,7 +13,6 @@ import torch
 
 from mycel.collectives.apply import lay_out, named_weights
 from mycel.collectives.keeping import Spill, mapped
-from mycel.collectives.layout import check_layout
 from mycel.collectives.ranks import make_ranks
 from mycel.collectives.saving import prime
 from mycel.collectives.step import Trainer
@@ -21,6 +20,7 @@ from mycel.collectives.together import together
 from mycel.decisions.cost import GIB, NOMINAL, Work, memory_of
 from mycel.decisions.graph import graph_of
 from mycel.decisions.keeping import MIB, Knapsack, Room, Treatment, every_choice, peak
+from mycel.decisions.layout import check_layout
 from mycel.decisions.planner import Plans, Task
 from mycel.errors import RecipeError, RunError
 from mycel.fleet.device import Device

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mycel.collectives.bubbles import Action, bubble, expected, replayed
-from mycel.collectives.layout import check_layout, rank_of, stages_of
 from mycel.collectives.together import together
 from mycel.decisions.cost import NOMINAL, Work, computing, memory_of, traffic
 from mycel.decisions.graph import graph_of
+from mycel.decisions.layout import check_layout, rank_of, stages_of
 from mycel.decisions.stages import ends, sides, waited
 from mycel.errors import EngineError, RecipeError
 from mycel.models.sizes import SIZES

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from mycel.collectives.attention import Spanning, over_tokens
 from mycel.collectives.balanced_attention import Stash
 from mycel.collectives.keeping import Spill, Through, left_behind, passed
-from mycel.collectives.layout import check_family, stage_blocks, stages_of
 from mycel.collectives.ranks import Ranks
 from mycel.decisions.keeping import AGAIN, DIVIDED, MIB, WAYS, Knapsack, peak, room_of, ways_of
+from mycel.decisions.layout import check_family, stage_blocks, stages_of
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WHOLE = {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head"}

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mycel.collectives.layout import layout_of
 from mycel.collectives.program import Program
 from mycel.collectives.ranks import make_ranks
 from mycel.collectives.waiting import LIMITS, group_of
+from mycel.decisions.layout import layout_of
 from mycel.errors import ModelError
 from mycel.models.base import Base, find_base, open_base
 from mycel.recipe.load import check

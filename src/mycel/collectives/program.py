@@ -14,7 +14,6 @@ import torch.distributed as dist
 from mycel.collectives.apply import Stage, lay_out, named_weights, spread, whole
 from mycel.collectives.hooks import CodecExchange, gather_frames
 from mycel.collectives.keeping import mapped
-from mycel.collectives.layout import check_layout
 from mycel.collectives.ranks import Ranks
 from mycel.collectives.saving import Checkpoints, prime
 from mycel.collectives.step import Trainer
@@ -22,6 +21,7 @@ from mycel.collectives.traffic import Traffic
 from mycel.collectives.waiting import LIMITS
 from mycel.data.stream import sample_rows
 from mycel.data.table import TokenTable
+from mycel.decisions.layout import check_layout
 from mycel.models.base import Base
 from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Recipe

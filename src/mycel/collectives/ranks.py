@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mycel.collectives.layout import AXES
+from mycel.decisions.layout import AXES
 from mycel.errors import EngineError
 from mycel.recipe.schema import Layout
 

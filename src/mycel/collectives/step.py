@@ -23,8 +23,8 @@ from torch.distributed.pipelining import (
 from mycel.collectives.apply import Stage, gradient_norm, named_weights, settle, whole
 from mycel.collectives.bubbles import TimedStage, Trace
 from mycel.collectives.hooks import CodecExchange
-from mycel.collectives.layout import rank_of
 from mycel.collectives.ranks import Ranks
+from mycel.decisions.layout import rank_of
 from mycel.errors import ModelError
 
 IGNORED = -100

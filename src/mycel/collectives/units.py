@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mycel.collectives.layout import check_family
 from mycel.collectives.saving import prime, state_of
+from mycel.decisions.layout import check_family
 from mycel.errors import ParcelError
 from mycel.models.optimizer import make_optimizer
 from mycel.recipe.schema import Training

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
 from typing import Any
 
-from mycel.collectives.layout import layouts
 from mycel.decisions.contract import Decision
 from mycel.decisions.cost import GIB, NOMINAL, Coefficients, Predicted, Work, memory_of, predict, stage_seconds
+from mycel.decisions.layout import layouts
 from mycel.decisions.partition import Chain, Partition, StageCost
 from mycel.errors import RecipeError
 from mycel.fleet.device import Device

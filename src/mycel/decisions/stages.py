@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mycel.collectives.layout import stage_blocks, stages_of
 from mycel.decisions.keeping import CHEAP, ways_of
+from mycel.decisions.layout import stage_blocks, stages_of
 from mycel.recipe.schema import Layout
 
 AGAIN = {"keep": 0.0, "selective": CHEAP, "recompute": 1.0, "offload": 0.0}  # share of a forward that is repeated

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mycel.collectives.layout import check_layout, layout_of
 from mycel.data.cleaned import clean_examples
 from mycel.data.parties import PartyData, load_parties
 from mycel.data.sources import load_examples
 from mycel.data.tokens import TokenStore
+from mycel.decisions.layout import check_layout, layout_of
 from mycel.engines.line import Control
 from mycel.errors import ModelError, ParcelError, RecipeError
 from mycel.federation.consent import Consent

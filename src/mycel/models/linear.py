@@ -95,6 +95,16 @@ def quicken(model: nn.Module, pack: bool = True) -> Routing:
     return routing
 
 
+def rounded_rows(rows: int) -> int:
+    """Return for how many rows so many are computed: at most a quarter more, of four numbers an octave.
+
+    oneDNN compiles a kernel for each number of rows and keeps it: with all numbers that come, memory would grow for
+    thousands of requests, and each new one would wait for its kernel.
+    """
+    step = 1 << max(0, rows.bit_length() - 3)
+    return -(-rows // step) * step
+
+
 def _plain(weight: Tensor) -> bool:
     return weight.dtype is torch.float32 and weight.device.type == "cpu"
 
@@ -103,8 +113,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | No
     inputs, outputs = x.shape[-1], weight.shape[0]
     rows = x.numel() // inputs
     if rows > 1 and packed is not None:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return found
+        more = rounded_rows(rows) - rows
+        padded = functional.pad(x.reshape(rows, inputs), (0, 0, 0, more)) if more else x
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")
+        return found[:rows].view(*x.shape[:-1], outputs) if more else found
     if rows > FEW_ROWS or rows == 0 or not _plain(weight):
         return functional.linear(x, weight, bias)
     across = x.reshape(rows, inputs).t()

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mycel.collectives.layout import layouts
 from mycel.decisions.cost import GIB, Coefficients, Predicted, Work, predict, stage_seconds
 from mycel.decisions.graph import graph_of
+from mycel.decisions.layout import layouts
 from mycel.decisions.timeline import pipeline, simulate
 from mycel.errors import EngineError
 from mycel.fleet.device import Device, Link

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mycel.collectives.layout import ranks_of
 from mycel.data.stream import stream_batches
 from mycel.data.tokens import Batch
+from mycel.decisions.layout import ranks_of
 from mycel.errors import RecipeError
 from mycel.models.layers import weight_sites
 from mycel.models.optimizer import make_optimizer

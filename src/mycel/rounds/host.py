@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mycel.collectives.layout import ranks_of
 from mycel.data.tokens import TokenStore
+from mycel.decisions.layout import ranks_of
 from mycel.models.base import Base
 from mycel.models.trainable import Trainable
 from mycel.rounds.site import Job, Site

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mycel.collectives.layout import ranks_of
+from mycel.decisions.layout import ranks_of
 from mycel.errors import RecipeError
 from mycel.recipe.load import explain
 from mycel.recipe.schema import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from mycel.collectives.layout import check_layout, ranks_of
+from mycel.decisions.layout import check_layout, ranks_of
 from mycel.errors import RecipeError
 from mycel.fleet.cost import forward_flops, training_flops
 from mycel.fleet.device import Device, Fleet

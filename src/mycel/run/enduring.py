@@ -19,12 +19,12 @@ from mycel.collectives.copies import DiskCopies
 from mycel.collectives.enduring import Enduring
 from mycel.collectives.formation import Recovery
 from mycel.collectives.keeper import Keeper
-from mycel.collectives.layout import ranks_of
 from mycel.collectives.membership import Line
 from mycel.collectives.units import Chain
 from mycel.data.stream import sample_rows
 from mycel.data.table import TokenTable
 from mycel.data.tokens import TokenStore
+from mycel.decisions.layout import ranks_of
 from mycel.engines.nursery import Nursery
 from mycel.errors import RecipeError
 from mycel.models.base import Base, find_base, open_base

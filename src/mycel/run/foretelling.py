@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mycel.collectives.layout import ranks_of, stage_blocks
 from mycel.decisions.cost import Coefficients, Work, predict
 from mycel.decisions.graph import graph_of
+from mycel.decisions.layout import ranks_of, stage_blocks
 from mycel.fleet import load_fleet
 from mycel.recipe.schema import Recipe
 

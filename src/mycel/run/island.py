@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mycel.collectives.layout import check_layout, ranks_of
 from mycel.collectives.program import Course, Program, checkpoint_folder
 from mycel.collectives.ranks import island
 from mycel.collectives.saving import Checkpoints
 from mycel.data.cleaned import parse_cleaning
 from mycel.data.parties import load_parties
 from mycel.data.tokens import TokenStore
+from mycel.decisions.layout import check_layout, ranks_of
 from mycel.errors import EngineError, RecipeError, RunError
 from mycel.models.base import Base, find_base, open_base, save_model
 from mycel.models.layers import weight_sites

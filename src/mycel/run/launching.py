@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from mycel.collectives.layout import carried, check_layout, layouts, ranks_of
 from mycel.collectives.program import checkpoint_folder
 from mycel.collectives.saving import whole_steps
+from mycel.decisions.layout import carried, check_layout, layouts, ranks_of
 from mycel.engines.children import LOOPBACK, die_with_parent, free_port
 from mycel.errors import EngineError, RecipeError
 from mycel.models.base import find_base, open_base

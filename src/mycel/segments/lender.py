@@ -13,7 +13,6 @@ import torch
 from mycel.decisions.placement import Held, Neediest, Range, Situation
 from mycel.engines.peers import Peers
 from mycel.errors import EngineError
-from mycel.generation.weights import Weights
 from mycel.models.anatomy import anatomy
 from mycel.models.cut import Cut, read_config
 from mycel.models.linear import quicken
@@ -22,6 +21,7 @@ from mycel.segments.client import fingerprint
 from mycel.segments.host import Host
 from mycel.segments.keys import Slab
 from mycel.segments.segment import Segment
+from mycel.segments.weights import Weights
 from mycel.segments.window import Window
 
 SHARE = 0.5  # of the free memory, where no limit is given
@@ -46,7 +46,7 @@ class Lender:
     say : callable
         Told in a sentence what happens.
     weights : str
-        Where weights are, as ``generation.weights.Weights`` reads it. Where not all of them are in memory, a machine
+        Where weights are, as ``segments.weights.Weights`` reads it. Where not all of them are in memory, a machine
         takes blocks for which it has none, and reads them for each step.
     """
 
