@@ -32,8 +32,8 @@ def main() -> None:
                 "foretold ": 1e3 * found["foretold_fastserve"],
                 "ratio": found["ratio"],
                 "error": found["error"],
-                "hindsight": found["hindsight"],
-                "pace": found["pace_fastserve"] / found["pace_fcfs"],
+                "error before": found["error_before"],
+                "pace": found["pace_fastserve"],
                 "copied early": int(found["early_fastserve"]),
                 "seconds": time.perf_counter() - started,
             }

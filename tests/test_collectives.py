@@ -48,6 +48,7 @@ def test_every_layout_has_the_loss_and_gradients_of_one_process(tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_a_checkpoint_of_one_layout_goes_on_in_another_with_the_same_losses(tmp_path: Path) -> None:
     whole = ("layout.data=2", "layout.pipeline=1", "layout.micro_batches=1", "layout.checkpoint_every=2")
     mycel("run", "island", *SHORT, *whole, "--nproc", "2", "--out", "whole", "--json", folder=tmp_path)

@@ -93,7 +93,8 @@ def test_a_run_whose_ranks_are_killed_has_the_curve_of_an_undisturbed_one(distur
     wanted = disturbed.undisturbed["curve"]["losses"]
     assert [disturbed.losses[step] for step in range(10)] == pytest.approx(wanted, rel=1e-5)
     curve = disturbed.result["curve"]
-    assert curve["first_step"] in {0, 2, 4}
+    assert curve["first_step"] in range(0, 10, 2)  # how far it came before that was seen is the machine's affair
+    assert curve["first_step"] == len(curve["before"])
     assert [*curve["before"], *curve["losses"]] == pytest.approx(wanted, rel=1e-5)
     assert disturbed.result["final"]["loss"] == pytest.approx(disturbed.undisturbed["final"]["loss"], rel=1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import wait
 
 import pytest
 from torch import Tensor
@@ -89,6 +90,7 @@ def test_copies_are_made_while_an_iteration_computes_and_pages_come_free_before_
     executor.events.clear()
     engine.step()
     assert executor.events == ["copy_out beside", "computed"]
+    wait(engine.aside._leaving.values(), PATIENCE)  # the copy is made, and its thread may not have said so yet
     policy.leave, policy.come = (), (2,)
     executor.events.clear()
     engine.step()

@@ -32,7 +32,7 @@ def join_command(
     address: str, key: Path | None, data: Path, name: str, consent: Path | None, insecure: bool, nproc: int
 ) -> None:
     """Take part in a federation until stopped: alone, as an island of processes, or as a rank under ``torchrun``."""
-    from mycel.collectives.leading import Leader, follow
+    from mycel.collectives.leading import Crew, Leader, follow
     from mycel.collectives.processes import RankProcesses
     from mycel.collectives.ranks import process_group, under_torchrun
     from mycel.federation.consent import read_consent
@@ -49,7 +49,7 @@ def join_command(
         if under_torchrun():
             device = stack.enter_context(process_group())
             if int(os.environ["RANK"]):
-                follow(device)
+                follow(Crew(device))
                 return
             leader = Leader(device)
             stack.callback(leader.dismiss)

@@ -141,9 +141,8 @@ class Leader:
         self._crew.spread(Parcel("end", {}, {}))
 
 
-def follow(device: torch.device) -> None:
+def follow(crew: Crew) -> None:
     """Be any rank but the first: take part in whatever is asked until the leader lets go."""
-    crew = Crew(device)
     while True:
         try:
             order = crew.spread(None)

@@ -134,15 +134,16 @@ class RankProcesses:
 def _rank(connection: Connection, make_host: Callable[[Leader], Host]) -> None:
     import torch
 
-    from mycel.collectives.leading import Leader, follow
+    from mycel.collectives.leading import Crew, Leader, follow
     from mycel.collectives.ranks import Meeting, process_group
 
     torch.set_num_threads(1)
     meeting = Meeting(**json.loads(connection.recv_bytes()))
     with process_group(meeting) as device:
+        # Their line is part of the meeting: rank 0 would wait on it for one that has died, and read no brief.
+        part = Crew(device) if meeting.rank else Leader(device)
         connection.send_bytes(b"met")
-        if meeting.rank:
-            follow(device)
+        if isinstance(part, Leader):
+            serve(connection, lambda: make_host(part))
         else:
-            leader = Leader(device)
-            serve(connection, lambda: make_host(leader))
+            follow(part)
