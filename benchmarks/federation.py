@@ -280,7 +280,7 @@ def big(size: int) -> dict[str, Any]:
 
 def _program(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return next(Path(word).name for word in process.cmdline() if Path(word).name.startswith("fl"))
+        return next((Path(word).name for word in process.cmdline() if Path(word).name.startswith("fl")), "other")
     return "gone"
 
 

@@ -42,7 +42,7 @@ def server(*arguments: str) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            assert process.wait(20) in {0, 1, 143}, "SIGTERM ended it with nothing closed"
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -141,6 +141,20 @@ def test_a_message_that_was_on_its_way_as_its_party_hung_up_is_kept_for_it(tmp_p
     asyncio.run(program())
 
 
+def test_a_party_that_asks_again_before_its_cut_poll_is_answered_gets_the_message(tmp_path: Path) -> None:
+    waiting = [b"first", b""]
+
+    async def program() -> None:
+        slow = 1.6 * LOOK
+        async with gate(tmp_path, lambda path, _: (200, waiting.pop(0) if waiting else b""), slow) as (ask, _):
+            await ask(POLL, stays=False)
+            while len(waiting) > 1:
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(ask(POLL), 10) == (200, b"first")
+
+    asyncio.run(program())
+
+
 def test_nothing_is_fetched_for_a_party_that_has_hung_up(tmp_path: Path) -> None:
     bring = [False]
     fetched: list[str] = []

@@ -47,9 +47,8 @@ def serve_command(
     log: Path | None = None,
 ) -> None:
     """Open the model and serve it until interrupted."""
-    # Read when torch first computes. oneDNN keeps what it compiled for 1,024 shapes, and every new number of rows is a
-    # few: memory would grow for thousands of requests. With fewer kept it is level sooner, at 2 % of the speed when
-    # requests of all lengths come and go (docs/measurements.md).
+    # Read when torch first computes. oneDNN keeps what it compiled for 1,024 shapes, and every number of rows that
+    # models/linear.py leaves is a few: with fewer kept, memory is level sooner (docs/measurements.md).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))
     need("starlette", "uvicorn", "prometheus_client", extra="serve")
     keys = [*place.keys, *filter(None, os.environ.get("MYCEL_API_KEYS", "").split(","))]

@@ -67,10 +67,12 @@ class RankProcesses:
         EngineError
             The party refused, or ranks died at every attempt: this answer is lost.
         """
+        said: BaseException | None = None
         for _ in range(self.attempts):
             try:
                 reply = self._ask(arm, job, node, frame, home)
-            except (EOFError, OSError):
+            except (EOFError, OSError) as error:
+                said = error.__cause__ or said
                 self._end()
                 self.restarts += 1
                 continue
@@ -80,6 +82,7 @@ class RankProcesses:
         raise EngineError(
             f"ranks of the island died {self.attempts} times at one brief (out of memory?): its answer is lost; "
             "try more ranks, layout.recompute or a smaller training.batch_size"
+            + (f"; rank 0 said: {said}" if said else "")
         )
 
     def _ask(self, arm: str, job: str, node: int, frame: bytes, home: bytes) -> Reply:

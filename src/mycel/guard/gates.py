@@ -185,10 +185,10 @@ class CoordinatorGate(Policy):
         return traffic.unconfirmed
 
     def answering(self, caller: Caller, head: Head, asked: bytes, reply: Reply) -> None:
-        """Keep a message until its party confirms that it came; what the SuperLink refuses changes nothing."""
+        """Keep a message until its party confirms that it came; an empty or refused poll changes nothing."""
         traffic = self._traffic(caller)
-        if head.path == POLL and reply.status == 200 and reply is not traffic.unconfirmed:
-            traffic.unconfirmed, traffic.asked, traffic.repeats = (reply if reply.body else None), asked, 0
+        if head.path == POLL and reply.status == 200 and reply.body and reply is not traffic.unconfirmed:
+            traffic.unconfirmed, traffic.asked, traffic.repeats = reply, asked, 0
             traffic.handed.note(reply.body)
 
     def forget(self) -> None:

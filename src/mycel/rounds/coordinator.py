@@ -95,7 +95,7 @@ class Coordinator:
             self._ask(node, self._brief(node))
         if not self.leases.held:
             raise EngineError(self._stalled())
-        arrival = await self.engine.answer(self.leases.next_deadline())
+        arrival = await self.engine.answer(self.leases.next_deadline(self.pace.keeps))
         if arrival is not None:
             self._collect(arrival)
         if self.pace.ready(self._view()):

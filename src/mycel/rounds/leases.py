@@ -122,10 +122,15 @@ class Leases:
             lease.deadline is not None and lease.deadline <= now for lease in self.held.values()
         )
 
-    def next_deadline(self) -> float | None:
-        """When the next lease comes to its deadline: now, if all have; None if one without a deadline is waited for."""
+    def next_deadline(self, each: bool = True) -> float | None:
+        """When the next lease comes to its deadline: now, if one has; None if nobody has a deadline.
+
+        Without ``each`` a deadline that has passed counts only once all have, and whoever has none is waited for.
+        """
         now = self.engine.now()
         moments = [lease.deadline for lease in self.held.values() if lease.deadline is not None]
+        if each and moments:
+            return max(min(moments), now)
         waits = len(moments) < len(self.held) or not moments
         return min((moment for moment in moments if moment > now), default=None if waits else now)
 

@@ -186,9 +186,14 @@ def ranks_of(group: Group, head: type[Head], hand: type[Worker]) -> Iterator[Hea
         context.Process(target=_worker, args=(hand, group, rank, server, ports, secret), daemon=True)
         for rank, server in enumerate(servers[1:], 1)
     ]
-    for process, server in zip(processes, servers[1:], strict=True):
-        process.start()
-        server.close()  # the worker has it
+    try:
+        for process, server in zip(processes, servers[1:], strict=True):
+            process.start()
+            server.close()  # the worker has it
+    except BaseException:
+        for server in servers:
+            server.close()
+        raise
     mesh = None
     try:
         mesh = Mesh.connect(0, servers[0], ports, secret, group.pace)

@@ -90,7 +90,8 @@ class Chain:
         found = await model.peers.call(leg.peer, verb, frame, known.allowance(work, model.patience))
         state = sound(Boundary.unpack(found, (answer,)), answer, tuple(tensor.shape))
         known.learn(work, loop.time() - started)
-        model.directory.known[leg.peer].strikes = 0  # bans grow while it fails in a row
+        if not model.directory.training[leg.peer, "backward"].strikes:  # who fails each way back fails in a row
+            model.directory.known[leg.peer].strikes = 0
         return state
 
     async def _others(self, leg: Leg) -> tuple[Leg, ...]:
@@ -98,6 +99,7 @@ class Chain:
 
     def _blame(self, verb: str, peer: str, error: Exception, waited: float) -> None:
         if isinstance(error, ParcelError):
+            self.model.directory.training[peer, verb].lied(0.0, self.model.patience)
             self.model.directory.lied(peer, self.model.patience)
         else:
             self.model.directory.training[peer, verb].late(0.0, waited, self.model.patience)  # for its next deadline

@@ -167,6 +167,11 @@ class Exchange:
             await asyncio.sleep(min(max(SHARE * waited, SOONEST), LATEST))
             if caller.gone():  # whatever came now would be lost
                 raise EOFError("the caller hung up")
+            kept = policy.kept(
+                caller, head, asked
+            )  # its poll before this one, cut off, may have been given it meanwhile
+            if kept is not None:
+                return kept
 
     async def _put(self, request: h11.Request, body: bytes) -> Reply:
         return await self._whole(await self._send(request, body))
