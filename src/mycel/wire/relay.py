@@ -167,10 +167,8 @@ class Exchange:
             await asyncio.sleep(min(max(SHARE * waited, SOONEST), LATEST))
             if caller.gone():  # whatever came now would be lost
                 raise EOFError("the caller hung up")
-            kept = policy.kept(
-                caller, head, asked
-            )  # its poll before this one, cut off, may have been given it meanwhile
-            if kept is not None:
+            kept = policy.kept(caller, head, asked)
+            if kept is not None:  # given meanwhile to its poll before this one, whose line is cut
                 return kept
 
     async def _put(self, request: h11.Request, body: bytes) -> Reply:
