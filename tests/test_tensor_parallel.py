@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from decoders import decoder
 from mycel.decisions.shares import shares
 from mycel.errors import ModelError
 from mycel.models.cut import Cut
-from mycel.segments.mesh import Pace
+from mycel.segments.mesh import Mesh, Pace, listening
 from mycel.segments.ranks import Group, ranks
 from mycel.segments.tensor_parallel import Sharded, side_by_side
 from mycel.segments.window import Window
@@ -130,3 +132,16 @@ def test_a_window_of_weights_computes_what_all_do(folder: Path, window: int) -> 
         assert some.reads <= (8 + window if window < 4 else 4)
     finally:
         some.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x01\x00\x00\x00wrong!", b"\x01\x00"])
+def test_a_stranger_who_goes_or_knows_no_secret_is_turned_away_and_the_group_meets(said: bytes) -> None:
+    servers = listening(2)
+    ports = [server.getsockname()[1] for server in servers]
+    with socket.create_connection(("127.0.0.1", ports[0])) as stranger:  # the first whom rank 0 takes in
+        stranger.sendall(said)
+    with ThreadPoolExecutor(2) as threads:
+        meshes = list(threads.map(lambda rank: Mesh.connect(rank, servers[rank], ports, "secret"), range(2)))
+    assert [sorted(mesh.links) for mesh in meshes] == [[1], [0]]
+    for mesh in meshes:
+        mesh.close()

@@ -177,9 +177,8 @@ class CoordinatorGate(Policy):
     def kept(self, caller: Caller, head: Head, asked: bytes) -> Reply | None:
         """Deliver a message again whose node asks for the next without a word on it: the line was cut."""
         traffic = self._traffic(caller)
-        if head.path != POLL or asked != traffic.asked or traffic.repeats >= REPEATS:
-            return None
-        if traffic.unconfirmed is None:
+        again = head.path == POLL and asked == traffic.asked and traffic.repeats < REPEATS
+        if traffic.unconfirmed is None or not again:
             return None
         traffic.repeats += 1
         return traffic.unconfirmed
